@@ -1,0 +1,1 @@
+"""Frozen vision-language backbones: pure functions of a configuration and one parameter tree, `base`."""

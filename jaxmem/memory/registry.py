@@ -1,0 +1,21 @@
+"""Which module is which memory. A memory module offers create, init, prepare, append and ports (see `pvm`)."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from jaxmem.errors import ConfigError
+from jaxmem.memory import pvm
+
+MEMORIES: dict[str, ModuleType] = {"pvm": pvm}
+
+
+def memory(name: str) -> ModuleType:
+    """The module with a memory's functions.
+
+    Raises:
+      ConfigError: no such memory; the message lists those there are.
+    """
+    if name not in MEMORIES:
+        raise ConfigError(f"there is no memory {name!r}; there are: {', '.join(sorted(MEMORIES))}")
+    return MEMORIES[name]

@@ -1,0 +1,1 @@
+"""Generation: a fixed-size cache, one prefill, one compiled decode loop."""
