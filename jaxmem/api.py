@@ -1,0 +1,220 @@
+"""The face of the library: one frozen value with a static spec, two trees and a processor.
+
+Every method is a line or two onto the pure functions that training and sampling call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmem import model as functions
+from jaxmem.backbones import registry
+from jaxmem.backbones.batch import Array, Batch
+from jaxmem.checkpoints import huggingface
+from jaxmem.data.batching import Buckets, collate
+from jaxmem.data.processor import Processor, load_processor
+from jaxmem.errors import CheckpointError, ConfigError
+from jaxmem.memory.registry import memory as memory_module
+from jaxmem.model import Spec
+from jaxmem.sampling import generate as sampling
+from jaxmem.sampling.logits import SamplerConfig
+
+TINY = Path(__file__).parent / "assets" / "tiny-qwen3-vl"
+"""The embedded default: a backbone of about a million parameters that reads boards of handwritten digits."""
+
+_hidden_states = jax.jit(functions.hidden_states, static_argnames=("spec", "remat", "backward_from"))
+_logits = jax.jit(functions.logits, static_argnames="spec")
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One answer.
+
+    Attributes:
+      text: decoded, without special tokens.
+      tokens: ids, the stop token included.
+      logprobs: of the tokens, at the sampling temperature, over the full vocabulary.
+      stopped: False when the token limit cut the answer off.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    stopped: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A backbone, its memories, and what turns chats into arrays.
+
+    Attributes:
+      spec: what is computed, without weights.
+      base: the backbone's weights.
+      memory: {name: parameters} of the attached memories.
+      processor: tokenizer, image processor and chat template.
+      folder: where the backbone came from.
+    """
+
+    spec: Spec
+    base: Any
+    memory: dict[str, Any]
+    processor: Processor
+    folder: Path
+
+    def attach(self, memory: Any = "pvm", *, key: Array | None = None, **settings: Any) -> Model:
+        """The model with one more memory, freshly initialised: gates at zero, so that it still equals its backbone.
+
+        Args:
+          memory: a name ("pvm") with `settings` of its `create`, or a memory's config.
+          key: random key of the weights.
+
+        Raises:
+          ConfigError: unknown memory or settings, settings that do not fit the backbone, a memory twice.
+        """
+        config = memory_module(memory).create(self.spec.backbone, **settings) if isinstance(memory, str) else memory
+        params = memory_module(config.name).init(jax.random.key(0) if key is None else key, config)
+        return self._with(config, params)
+
+    def restore(self, folder: str | os.PathLike[str]) -> Model:
+        """The model with the memory that `save` wrote into a folder.
+
+        Raises:
+          CheckpointError: no memory there, one for another backbone, or tensors that do not fit.
+        """
+        name, stored = huggingface.read_memory_config(folder, self.spec.backbone)
+        module = memory_module(name)
+        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
+        config = module.create(self.spec.backbone, **settings)
+        shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), config))
+        return self._with(config, huggingface.load_memory(folder, config, self.spec.backbone, shapes))
+
+    def _with(self, config: Any, params: Any) -> Model:
+        if config.name in self.memory:
+            raise ConfigError(f"the model already has a memory {config.name!r}; attach to a fresh model instead")
+        spec = dataclasses.replace(self.spec, memories=(*self.spec.memories, config))
+        return dataclasses.replace(self, spec=spec, memory={**self.memory, config.name: params})
+
+    def without_memory(self) -> Model:
+        """The bare backbone, for comparison."""
+        return dataclasses.replace(self, spec=dataclasses.replace(self.spec, memories=()), memory={})
+
+    def batch(
+        self,
+        chats: Sequence[Any],
+        *,
+        add_generation_prompt: bool = True,
+        buckets: Buckets | None = None,
+        padding: str = "right",
+    ) -> Batch:
+        """Chats with images -> Batch; a single chat is a batch of one."""
+        chats = [chats] if isinstance(chats[0], dict) else chats
+        rows = [
+            self.processor.encode(chat, add_generation_prompt=add_generation_prompt, where=f"chat {i}")
+            for i, chat in enumerate(chats)
+        ]
+        return collate(rows, buckets, self.processor.pad_token, padding)
+
+    def logits(self, batch: Batch) -> Array:
+        """[B, T, V] float32, for looking; training never makes it."""
+        return _logits(self.spec, self.base, _hidden_states(self.spec, self.base, self.memory, batch))
+
+    def sampler(self, **settings: Any) -> SamplerConfig:
+        """Sampling settings with this model's stop tokens, padding and banned media tokens filled in."""
+        fields = {field.name for field in dataclasses.fields(SamplerConfig)}
+        if unknown := sorted(set(settings) - fields):
+            raise ConfigError(f"sampling has no setting {', '.join(unknown)}; it has {', '.join(sorted(fields))}")
+        fixed = {
+            "stop_tokens": tuple(self.processor.stop_tokens),
+            "banned_tokens": self.spec.backbone.media_tokens,
+            "pad_token": self.processor.pad_token,
+        }
+        return SamplerConfig(**{**fixed, **settings})
+
+    def generate(
+        self, chats: Sequence[Any], *, key: Array | None = None, buckets: Buckets | None = None, **settings: Any
+    ) -> list[Completion]:
+        """Continues every chat.
+
+        Args:
+          chats: list of chats, or one.
+          key: random key; fixed when None.
+          buckets: allowed prompt lengths.
+          **settings: of `SamplerConfig` (max_new_tokens, temperature, ...).
+
+        Returns:
+          One Completion per chat.
+        """
+        *_, answers = self.stream(chats, key=key, buckets=buckets, every=None, **settings)
+        return answers
+
+    def stream(
+        self,
+        chats: Sequence[Any],
+        *,
+        key: Array | None = None,
+        buckets: Buckets | None = None,
+        every: int | None = 8,
+        **settings: Any,
+    ) -> Iterator[list[Completion]]:
+        """Like `generate`, but yields the growing answers after every few tokens."""
+        options = self.sampler(**settings)
+        batch = self.batch(chats, buckets=buckets)
+        every = every or options.max_new_tokens
+        for part in sampling.stream(self.spec, self.base, self.memory, batch, options, key, every):
+            yield [self._completion(*row, options) for row in zip(part.tokens, part.logprobs, part.lengths, strict=True)]
+
+    def _completion(self, tokens: Any, logprobs: Any, length: int, options: SamplerConfig) -> Completion:
+        ids = tuple(int(token) for token in tokens[:length])
+        stopped = bool(ids) and ids[-1] in options.stop_tokens
+        return Completion(self.processor.decode(ids), ids, tuple(float(p) for p in logprobs[:length]), stopped)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the attached memory (not the backbone) to a folder that `restore` and `load` read.
+
+        Raises:
+          ConfigError: there is no memory, or more than one.
+        """
+        if len(self.spec.memories) != 1:
+            raise ConfigError(f"a folder holds one memory; this model has {len(self.spec.memories)}")
+        (config,) = self.spec.memories
+        huggingface.save_memory(folder, self.memory[config.name], config, self.spec.backbone)
+
+
+def load(
+    path: str | os.PathLike[str] = TINY,
+    dtype: Any = None,
+    *,
+    memory: str | os.PathLike[str] | None = None,
+    sharding: Any = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+) -> Model:
+    """A model from a Hugging Face folder.
+
+    Args:
+      path: folder with config.json, safetensors, tokenizer and preprocessor; the embedded tiny backbone by default.
+      dtype: of the weights and of the arithmetic ("bfloat16", "float32"); None keeps what is stored.
+      memory: a folder that `Model.save` wrote.
+      sharding: one jax Sharding for all leaves, or a tree of them (`jaxmem.distributed.mesh.shardings`).
+      min_pixels, max_pixels: replace the folder's limits per image.
+
+    Raises:
+      CheckpointError, ConfigError: the folder's files are missing, damaged or of an unsupported model.
+    """
+    folder = Path(path)
+    config = registry.config_from_hf(huggingface.read_config(folder))
+    try:
+        processor = load_processor(folder, config, min_pixels=min_pixels, max_pixels=max_pixels)
+    except FileNotFoundError as error:
+        raise CheckpointError(str(error)) from error
+    dtype = None if dtype is None else jnp.dtype(dtype)
+    base = huggingface.load_backbone(folder, config, dtype=dtype, sharding=sharding)
+    bare = Model(Spec(config), base, {}, processor, folder)
+    return bare if memory is None else bare.restore(memory)

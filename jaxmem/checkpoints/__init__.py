@@ -1,0 +1,1 @@
+"""Weights in and out: Hugging Face folders, memory files, and the checkpoints of a training run."""

@@ -1,0 +1,127 @@
+"""Rows of unequal length to a padded `Batch` whose shape comes from a short list, so that few programs compile."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxmem.backbones.batch import Batch
+from jaxmem.data.example import Example
+
+_PER_TOKEN = {"tokens": 0, "positions": 0, "loss_mask": 0, "visual_rows": -1}  # field: value of its padding
+_PER_PATCH = ("patches", "patch_segments", "patch_coords", "patch_table", "patch_weights")
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The lengths that batches may have.
+
+    Attributes:
+      tokens: allowed T, ascending.
+      patches: allowed P per row, ascending; a batch without patches has P = 0 and needs no bucket.
+    """
+
+    tokens: tuple[int, ...] = tuple(64 * 2**k for k in range(10))
+    patches: tuple[int, ...] = tuple(64 * 2**k for k in range(11))
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "patches"):
+            lengths = tuple(getattr(self, name))
+            if not lengths or lengths[0] < 1 or list(lengths) != sorted(set(lengths)):
+                raise ValueError(f"buckets.{name} must be positive and ascending, got {lengths}")
+            object.__setattr__(self, name, lengths)
+
+    def fit_tokens(self, count: int, where: str = "a row") -> int:
+        """The shortest T that holds `count` tokens; ValueError when none does."""
+        return _fit(count, self.tokens, "tokens", where, "shorten the text, lower max_pixels or add a longer bucket")
+
+    def fit_patches(self, count: int, where: str = "a row") -> int:
+        """The shortest P that holds `count` patches, 0 for none; ValueError when none does."""
+        advice = "lower max_pixels, use fewer images or add a longer bucket"
+        return _fit(count, self.patches, "patches", where, advice) if count else 0
+
+
+def _fit(count: int, lengths: tuple[int, ...], what: str, where: str, advice: str) -> int:
+    """The first of `lengths` that is at least `count`."""
+    for length in lengths:
+        if length >= count:
+            return length
+    raise ValueError(f"{where} has {count} {what} and the longest bucket is {lengths[-1]}: {advice}")
+
+
+def collate(
+    examples: Sequence[Example],
+    buckets: Buckets | None = None,
+    pad_token: int = 0,
+    padding: str = "right",
+    blind: Sequence[bool] | np.ndarray | None = None,
+) -> Batch:
+    """Pads rows to the shortest buckets that hold them all.
+
+    Args:
+      examples: B rows of one processor.
+      buckets: allowed lengths; `Buckets()` when None.
+      pad_token: id that fills the token padding.
+      padding: side of the token padding, "right" (training) or "left" (generation). Patches pad on the right always.
+      blind: [B] rows whose text cannot attend to visual keys in the backbone; none when None.
+
+    Returns:
+      A Batch of numpy arrays; padding has segment 0, position 0 and no loss.
+
+    Raises:
+      ValueError: no rows, rows of different patch widths, a row over the longest bucket, or a bad `padding`/`blind`.
+    """
+    if not examples:
+        raise ValueError("a batch needs at least one row")
+    if padding not in ("right", "left"):
+        raise ValueError(f"padding must be 'right' or 'left', got {padding!r}")
+    buckets = buckets or Buckets()
+    width, patches = _shape(examples, buckets)
+    starts = [width - len(row) if padding == "left" else 0 for row in examples]
+    fill = _PER_TOKEN | {"tokens": pad_token}
+    fields = {name: _stack([getattr(row, name) for row in examples], starts, width, fill[name]) for name in fill}
+    for name in _PER_PATCH:
+        fields[name] = _stack_patches([getattr(row, name) for row in examples], patches)
+    segments = _stack([np.ones(len(row), np.int32) for row in examples], starts, width, 0)
+    return Batch(segments=segments, blind=_blind(blind, len(examples)), **fields)
+
+
+def _shape(examples: Sequence[Example], buckets: Buckets) -> tuple[int, int]:
+    """(T, P) of the batch; checks that the rows belong together."""
+    dims = {row.patches.shape[1] for row in examples}
+    if len(dims) > 1:
+        raise ValueError(f"rows have patches of different lengths {sorted(dims)}: encode them with one processor")
+    units = {len(row.patches) // row.visual_count for row in examples if row.visual_count}
+    if len(units) > 1:
+        raise ValueError(f"rows merge {sorted(units)} patches into a visual token: encode them with one processor")
+    width = max(buckets.fit_tokens(len(row), f"row {i}") for i, row in enumerate(examples))
+    patches = max(buckets.fit_patches(len(row.patches), f"row {i}") for i, row in enumerate(examples))
+    if units and patches % min(units):
+        raise ValueError(f"patch bucket {patches} is not a multiple of the {min(units)} patches of a visual token")
+    return width, patches
+
+
+def _stack(rows: list[np.ndarray], starts: list[int], width: int, fill: int) -> np.ndarray:
+    """[B, ..., width] with row i at starts[i] on the last axis."""
+    out = np.full((len(rows), *rows[0].shape[:-1], width), fill, rows[0].dtype)
+    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        out[i, ..., start : start + row.shape[-1]] = row
+    return out
+
+
+def _stack_patches(rows: list[np.ndarray], count: int) -> np.ndarray:
+    """[B, count, ...] with zeros behind each row's patches."""
+    out = np.zeros((len(rows), count, *rows[0].shape[1:]), rows[0].dtype)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
+
+
+def _blind(blind: Sequence[bool] | np.ndarray | None, rows: int) -> np.ndarray:
+    """[B] bool."""
+    values = np.zeros(rows, bool) if blind is None else np.asarray(blind, bool)
+    if values.shape != (rows,):
+        raise ValueError(f"blind has shape {values.shape}, the batch has {rows} rows")
+    return values

@@ -1,0 +1,47 @@
+"""One encoded row, before it is padded into a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """One row of tokens with its patches; the fields are those of `Batch` without the batch axis and padding.
+
+    Axis letters: T tokens, P patches, C length of a flattened patch.
+
+    Attributes:
+      tokens: [T] int32.
+      positions: [3, T] int32.
+      loss_mask: [T] float32, 1 on assistant content and on the token that ends the turn.
+      visual_rows: [T] int32 index of the merged visual row, or -1 for text.
+      patches: [P, C] float32; P is 0 without images.
+      patch_segments: [P] int32.
+      patch_coords: [P, 2] int32.
+      patch_table: [P, 4] int32.
+      patch_weights: [P, 4] float32.
+      images: merged (rows, columns) per image and per temporal patch of a video, in the order of the tokens.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    loss_mask: np.ndarray
+    visual_rows: np.ndarray
+    patches: np.ndarray
+    patch_segments: np.ndarray
+    patch_coords: np.ndarray
+    patch_table: np.ndarray
+    patch_weights: np.ndarray
+    images: tuple[tuple[int, int], ...] = ()
+
+    def __len__(self) -> int:
+        """T."""
+        return len(self.tokens)
+
+    @property
+    def visual_count(self) -> int:
+        """Number of tokens that stand for merged visual rows."""
+        return int((self.visual_rows >= 0).sum())

@@ -1,0 +1,30 @@
+"""Videos as Qwen3-VL reads them: each temporal patch is an image of its own behind a text that says its time."""
+
+from __future__ import annotations
+
+
+def timestamps(frames: int, fps: float, temporal_patch_size: int) -> list[float]:
+    """Seconds of each temporal patch: the middle between its first and its last frame.
+
+    Args:
+      frames: number of frames; the last is repeated until the patches are full.
+      fps: frames per second.
+      temporal_patch_size: frames per patch.
+
+    Returns:
+      ceil(frames / temporal_patch_size) times.
+    """
+    starts = range(0, frames, temporal_patch_size)
+    return [(first / fps + min(first + temporal_patch_size - 1, frames - 1) / fps) / 2 for first in starts]
+
+
+def timeline(times: list[float], start: str, pad: str, end: str) -> str:
+    """The text of one video: `<0.5 seconds>` and one wrapped placeholder per temporal patch.
+
+    Args:
+      times: seconds of the temporal patches.
+      start: text of the vision start token.
+      pad: text of the video placeholder.
+      end: text of the vision end token.
+    """
+    return "".join(f"<{time:.1f} seconds>{start}{pad}{end}" for time in times)

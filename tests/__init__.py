@@ -1,0 +1,1 @@
+"""Tests of jaxmem; the folders mirror the package."""

@@ -1,0 +1,1 @@
+"""Tests of the conversions and of the training checkpoints."""
