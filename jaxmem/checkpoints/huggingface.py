@@ -138,7 +138,7 @@ def _compare(where: Any, tensors: Mapping[str, View], wanted: Mapping[str, tuple
 
 
 def _place(source: View, sharding: Any) -> jax.Array:
-    """A leaf on its devices; the host keeps nothing of it."""
+    """A leaf on its devices; the host keeps nothing of it once the runtime has finished with its copy."""
     if sharding is None:
         placed = jax.device_put(source.read())
     else:
@@ -153,7 +153,7 @@ def _place(source: View, sharding: Any) -> jax.Array:
         placed = jax.make_array_from_callback(source.shape, sharding, block)
         del blocks
     jax.block_until_ready(placed)
-    gc.collect(0)  # jaxlib lets go of the host's copy no earlier than here
+    gc.collect(0)  # jaxlib drops finished host copies when python collects
     return placed
 
 

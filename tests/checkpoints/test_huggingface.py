@@ -201,22 +201,28 @@ def test_one_tensor_on_the_host_while_saving(source, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["one", "eight"])
-def test_host_holds_one_leaf_while_loading(source, tmp_path, split):
+def test_host_holds_one_leaf_while_loading(source, tmp_path, monkeypatch, split):
     vision = dataclasses.replace(source[2].vision, out_width=128)
-    text = dataclasses.replace(source[2].text, layers=12, width=128, mlp_width=512, tied=True, vocab=64)
+    sizes = {"layers": 12, "width": 128, "mlp_width": 512, "heads": 4, "kv_heads": 4, "head_dim": 128, "vocab": 64}
+    text = dataclasses.replace(source[2].text, tied=True, **sizes)  # seven equal kernels per layer
     config = dataclasses.replace(source[2], text=text, vision=vision)
-    shapes = qwen3_vl.shapes(config)
+    shapes, tensor = qwen3_vl.shapes(config), 128 * 512 * 4
     save_backbone(tmp_path, jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes), config)
     sharding = jax.NamedSharding(jax.make_mesh((8,), ("data",)), jax.P()) if split else None
-    load_backbone(tmp_path, config, sharding=sharding)  # imports and caches
+
+    def replicated(shape, _, block):
+        for _ in range(8):
+            assert block((slice(None),) * len(shape)).shape == shape
+
+    # When the runtime frees what it has copied is its own affair: here devices take everything and keep nothing.
+    monkeypatch.setattr(jax, "device_put", lambda host: None)
+    monkeypatch.setattr(jax, "make_array_from_callback", replicated)
     tracemalloc.start()
-    base = load_backbone(tmp_path, config, sharding=sharding)
+    load_backbone(tmp_path, config, shapes, sharding=sharding)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    sizes = [leaf.nbytes for leaf in jax.tree.leaves(base)]
-    tensor = 128 * 512 * 4
-    assert max(sizes) == 12 * tensor
-    assert peak < 12 * tensor + 3 * tensor + 500_000 < sum(sizes) / 2
+    total = sum(leaf.size * 4 for leaf in jax.tree.leaves(shapes))
+    assert peak < 12 * tensor + 3 * tensor + 500_000 < total / 4
 
 
 # What can be wrong. --------------------------------------------------------------------------------------------------
