@@ -9,12 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxmem.api import Model, load
+    from jaxmem.api import Completion, Model, load
 
 __version__ = "0.1.0"
 __all__ = ["Completion", "Model", "__version__", "load"]
 
-_LAZY = {"Model": "jaxmem.api", "load": "jaxmem.api"}
+_LAZY = dict.fromkeys(("Completion", "Model", "load"), "jaxmem.api")
 
 
 def __getattr__(name: str) -> Any:

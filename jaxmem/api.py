@@ -6,7 +6,6 @@ Every method is a line or two onto the pure functions that training and sampling
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmem import model as functions
+from jaxmem.assets import TINY
 from jaxmem.backbones import registry
 from jaxmem.backbones.batch import Array, Batch
 from jaxmem.checkpoints import huggingface
@@ -25,9 +25,6 @@ from jaxmem.memory.registry import memory as memory_module
 from jaxmem.model import Spec
 from jaxmem.sampling import generate as sampling
 from jaxmem.sampling.logits import SamplerConfig
-
-TINY = Path(__file__).parent / "assets" / "tiny-qwen3-vl"
-"""The embedded default: a backbone of about a million parameters that reads boards of handwritten digits."""
 
 _hidden_states = jax.jit(functions.hidden_states, static_argnames=("spec", "remat", "backward_from"))
 _logits = jax.jit(functions.logits, static_argnames="spec")
@@ -82,7 +79,7 @@ class Model:
         params = memory_module(config.name).init(jax.random.key(0) if key is None else key, config)
         return self._with(config, params)
 
-    def restore(self, folder: str | os.PathLike[str]) -> Model:
+    def restore(self, folder: str | Path) -> Model:
         """The model with the memory that `save` wrote into a folder.
 
         Raises:
@@ -130,7 +127,7 @@ class Model:
         fields = {field.name for field in dataclasses.fields(SamplerConfig)}
         if unknown := sorted(set(settings) - fields):
             raise ConfigError(f"sampling has no setting {', '.join(unknown)}; it has {', '.join(sorted(fields))}")
-        fixed = {
+        fixed: dict[str, Any] = {
             "stop_tokens": tuple(self.processor.stop_tokens),
             "banned_tokens": self.spec.backbone.media_tokens,
             "pad_token": self.processor.pad_token,
@@ -168,14 +165,16 @@ class Model:
         batch = self.batch(chats, buckets=buckets)
         every = every or options.max_new_tokens
         for part in sampling.stream(self.spec, self.base, self.memory, batch, options, key, every):
-            yield [self._completion(*row, options) for row in zip(part.tokens, part.logprobs, part.lengths, strict=True)]
+            yield [
+                self._completion(*row, options) for row in zip(part.tokens, part.logprobs, part.lengths, strict=True)
+            ]
 
     def _completion(self, tokens: Any, logprobs: Any, length: int, options: SamplerConfig) -> Completion:
         ids = tuple(int(token) for token in tokens[:length])
         stopped = bool(ids) and ids[-1] in options.stop_tokens
         return Completion(self.processor.decode(ids), ids, tuple(float(p) for p in logprobs[:length]), stopped)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: str | Path) -> None:
         """Writes the attached memory (not the backbone) to a folder that `restore` and `load` read.
 
         Raises:
@@ -188,10 +187,10 @@ class Model:
 
 
 def load(
-    path: str | os.PathLike[str] = TINY,
+    path: str | Path = TINY,
     dtype: Any = None,
     *,
-    memory: str | os.PathLike[str] | None = None,
+    memory: str | Path | None = None,
     sharding: Any = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,

@@ -83,7 +83,9 @@ def read_prompt(spec: Spec, base: Any, memory: Any, batch: Batch, start: Array |
     return Prompt(lib.embed(base, batch, visual), angle, stream, states, lib.own_ports(visual, batch))
 
 
-def memory_ports(spec: Spec, memory: Any, states: dict[str, Any], stream: Stream, dropout: Array | None = None) -> Ports:
+def memory_ports(
+    spec: Spec, memory: Any, states: dict[str, Any], stream: Stream, dropout: Array | None = None
+) -> Ports:
     """The ports of all memories for the tokens of `stream`."""
     joined = Ports()
     for config in spec.memories:

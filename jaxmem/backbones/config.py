@@ -82,5 +82,5 @@ class BackboneConfig:
 def require(source: Mapping[str, Any], key: str, where: str) -> Any:
     """`source[key]`, or a ConfigError that names the file section and the key."""
     if key not in source:
-        raise ConfigError(f"{where} has no {key!r}; a released config.json states it (library defaults match no release)")
+        raise ConfigError(f"{where} has no {key!r}; every released config.json states it")
     return source[key]

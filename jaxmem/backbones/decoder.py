@@ -5,6 +5,7 @@ Axis letters: B rows, T new tokens, S tokens that can be seen, K key heads, H he
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -78,13 +79,18 @@ class DecoderLayer(nn.Module):
         return x + branches(SwiGLU(c.mlp_width, name="ffn")(normed), x, normed), seen
 
 
+def _as_they_are(key: Array, value: Array) -> tuple[Array, Array]:
+    """The Store of a pass without a cache: queries see the new keys and nothing else."""
+    return key, value
+
+
 def _layer(config: TextConfig, ports: Ports, angle: Array, mask: Array) -> Callable:
     """One layer with its ports as a function of (x, weights, index, store)."""
 
     def run(x: Array, weights: Any, index: Array | int, store: Store) -> tuple[Array, tuple[Array, Array, Array]]:
         branches = lambda ffn, residual, normed: port_lib.beside_ffn(ports.beside_ffn, index, ffn, residual, normed)  # noqa: E731
-        x, seen = DecoderLayer(config).apply({"params": weights}, x, angle, mask, store, branches)
-        return port_lib.after_layer(ports.after_layer, index, x), seen
+        out: Any = DecoderLayer(config).apply({"params": weights}, x, angle, mask, store, branches)
+        return port_lib.after_layer(ports.after_layer, index, out[0]), out[1]
 
     return run
 
@@ -121,10 +127,10 @@ def scan_layers(
     run = _layer(config, ports, angle, mask)
 
     def body(x: Array, index: Array, weights: Any) -> tuple[Array, Any]:
-        x, seen = run(x, weights, index, lambda key, value: (key, value))
-        return x, observe(*seen, mask) if observe else None
+        x, (query, keys, values) = run(x, weights, index, _as_they_are)
+        return x, observe(query, keys, values, mask) if observe else None
 
-    step = jax.checkpoint(body) if remat else body
+    step: Callable[..., tuple[Array, Any]] = jax.checkpoint(body) if remat else body
     if not backward_from:
         return jax.lax.scan(lambda x, layer: step(x, *layer), x, (jnp.arange(config.layers), layers))
 
@@ -138,7 +144,7 @@ def scan_layers(
 
 def unstack(layers: Any, count: int) -> tuple[Any, ...]:
     """Stacked weights as one tree per layer: once per compiled program, in front of its decode loop."""
-    return tuple(jax.tree.map(lambda leaf: leaf[i], layers) for i in range(count))
+    return tuple(jax.tree.map(operator.itemgetter(i), layers) for i in range(count))
 
 
 def loop_layers(

@@ -23,6 +23,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """[..., in] -> [..., features]."""
         y = x @ self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(x.dtype)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
@@ -42,6 +43,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """[..., D] -> [..., D]."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         return rms_normalise(x, self.eps) * scale.astype(x.dtype)
 
@@ -54,6 +56,7 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """[..., D] -> [..., D]."""
         linear = lambda features, name: Linear(features, kernel_init=self.kernel_init, name=name)  # noqa: E731
         gate, up = linear(self.width, "gate")(x), linear(self.width, "up")(x)
         return linear(x.shape[-1], "down")(jax.nn.silu(gate) * up)

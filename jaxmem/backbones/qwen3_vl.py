@@ -102,7 +102,7 @@ def _check(config: BackboneConfig, text: Mapping[str, Any], seen: Mapping[str, A
         f"{t.heads} heads are not a multiple of {t.kv_heads} key heads": t.heads % t.kv_heads,
         f"vision width {v.width} is not a multiple of 4 x {v.heads} heads": v.width % (4 * v.heads),
         f"vision out_hidden_size {v.out_width} differs from hidden_size {t.width}": v.out_width != t.width,
-        f"deepstack_visual_indexes {v.taps} reach beyond the tower's {v.depth} blocks": max(v.taps, default=0) >= v.depth,
+        f"deepstack_visual_indexes {v.taps} reach beyond the {v.depth} blocks": max(v.taps, default=0) >= v.depth,
         f"{len(v.taps)} DeepStack taps need as many decoder layers, there are {t.layers}": len(v.taps) > t.layers,
         "num_position_embeddings must be a square": v.table_side**2 != seen["num_position_embeddings"],
     }

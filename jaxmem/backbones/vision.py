@@ -124,14 +124,15 @@ def see(config: VisionConfig, params: Any, batch: Batch) -> Visual:
 
     def body(carry: tuple[Array, Array], block: tuple[Array, Any]) -> tuple[tuple[Array, Array], None]:
         (x, taps), (index, weights) = carry, block
-        x = _Block(config).apply({"params": weights}, x, angle, mask)
-        return (x, jnp.where((tapped == index)[:, None, None, None], x, taps)), None
+        out: Any = _Block(config).apply({"params": weights}, x, angle, mask)
+        return (out, jnp.where((tapped == index)[:, None, None, None], out, taps)), None
 
     carry = (x, jnp.zeros((len(config.taps), *x.shape), dtype))
     (x, taps), _ = jax.lax.scan(body, carry, (jnp.arange(config.depth), params["blocks"]))
     merge = lambda weights, tap: _Merger(config, norm_joined=True).apply({"params": weights}, tap)  # noqa: E731
+    rows: Any = _Merger(config, norm_joined=False).apply({"params": params["merger"]}, x)
     return Visual(
-        rows=_Merger(config, norm_joined=False).apply({"params": params["merger"]}, x),
+        rows=rows,
         deepstack=jax.vmap(merge)(params["deepstack"], taps),
     )
 
@@ -140,7 +141,8 @@ def init(key: Array, config: VisionConfig) -> Any:
     """Random float32 weights: linear maps and the table N(0, 0.02^2), biases 0, norms 1."""
     patch_key, table_key, block_key, merger_key, tap_key = jax.random.split(key, 5)
     x = jnp.zeros((1, config.merge_unit, config.width))
-    angle, mask = jnp.zeros((1, config.merge_unit, config.head_dim // 2)), jnp.ones((1,) + (config.merge_unit,) * 2, bool)
+    angle = jnp.zeros((1, config.merge_unit, config.head_dim // 2))
+    mask = jnp.ones((1, config.merge_unit, config.merge_unit), bool)
     block = lambda k: _Block(config).init(k, x, angle, mask)["params"]  # noqa: E731
     merger = lambda k, joined: _Merger(config, joined).init(k, x)["params"]  # noqa: E731
     normal = lambda k, *shape: 0.02 * jax.random.normal(k, shape)  # noqa: E731

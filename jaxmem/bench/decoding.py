@@ -93,10 +93,10 @@ def _transformers(config: BackboneConfig, base: Any, batch: Batch, new: int) -> 
         "pixel_values": torch.tensor(np.asarray(batch.patches)).flatten(0, 1),
         "image_grid_thw": torch.tensor([(1, *GRID)] * rows),
     }
-    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
 
     def work() -> np.ndarray:
         with torch.inference_mode():
-            return model.generate(**inputs, **options)[:, width:].numpy()
+            return model.generate(**inputs, **options, eos_token_id=None)[:, width:].numpy()
 
     return work

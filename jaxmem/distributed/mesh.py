@@ -48,7 +48,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Any = None
         raise ConfigError(
             f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} needs {count} devices, there are {len(devices)}"
         )
-    return jax.make_mesh((data, fsdp, tensor), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=devices[:count])
+    axes = ("data", "fsdp", "tensor")
+    return jax.make_mesh((data, fsdp, tensor), axes, (AxisType.Auto,) * 3, devices=devices[:count])
 
 
 def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:

@@ -84,7 +84,7 @@ def create(backbone: BackboneConfig, *, mlp_multiple: int = 1, **overrides: Any)
         raise ConfigError(f"pvm latent width {latent} is not divisible by the head size {head_dim}")
     heads = latent // head_dim
     mlp_width = int(latent * text.mlp_width / text.width)
-    settings = {
+    settings: dict[str, Any] = {
         "layers": _default_layers(backbone),
         "width": text.width,
         "heads": heads,
@@ -94,7 +94,8 @@ def create(backbone: BackboneConfig, *, mlp_multiple: int = 1, **overrides: Any)
         "norm_eps": text.norm_eps,
         **overrides,
     }
-    config = PVMConfig(**{**settings, "layers": tuple(settings["layers"])})
+    settings["layers"] = tuple(settings["layers"])
+    config = PVMConfig(**settings)
     _check(config, text.layers)
     return config
 
@@ -293,7 +294,9 @@ def visible(config: PVMConfig, state: PVMState, stream: Stream) -> Array:
     return seen & ~stream.is_visual[:, :, None] if config.silence else seen
 
 
-def ports(config: PVMConfig, params: Any, state: PVMState | None, stream: Stream, dropout: Array | None = None) -> Ports:
+def ports(
+    config: PVMConfig, params: Any, state: PVMState | None, stream: Stream, dropout: Array | None = None
+) -> Ports:
     """PVM as a branch beside the FFN of its layers, for the tokens of `stream`."""
     if state is None:
         return Ports()
@@ -314,5 +317,6 @@ def fold(params: Any) -> Any:
     Halves the cost of `prepare`; exact up to rounding. The product is computed in float32.
     """
     attention, reducer = params["cross_attn"], params["vision_reducer"]["kernel"]
-    folded = {name: {"kernel": jnp.matmul(reducer, attention[name]["kernel"], precision="highest")} for name in ("k", "v")}
+    product = lambda name: jnp.matmul(reducer, attention[name]["kernel"], precision="highest")  # noqa: E731
+    folded = {name: {"kernel": product(name)} for name in ("k", "v")}
     return {**{k: v for k, v in params.items() if k != "vision_reducer"}, "cross_attn": {**attention, **folded}}

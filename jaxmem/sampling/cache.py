@@ -6,6 +6,7 @@ H head width, D model width.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -44,11 +45,11 @@ class Cache:
 
 def require_room(spec: Spec, prompt: int, new: int, size: int) -> None:
     """Raises DataError when `prompt` + `new` tokens exceed the cache's `size` or the backbone's positions."""
+    asked, limit = f"a prompt of {prompt} tokens and {new} new ones", spec.backbone.text.max_positions
     if prompt + new > size:
-        raise DataError(f"a prompt of {prompt} tokens and {new} new ones exceed the cache of {size}: enlarge cache_size")
-    if prompt + new > spec.backbone.text.max_positions:
-        limit = spec.backbone.text.max_positions
-        raise DataError(f"a prompt of {prompt} tokens and {new} new ones exceed the backbone's {limit} positions")
+        raise DataError(f"{asked} exceed the cache of {size}; enlarge cache_size or shorten the prompt")
+    if prompt + new > limit:
+        raise DataError(f"{asked} exceed the {limit} positions of the backbone; shorten the prompt")
 
 
 def _after(stream: Stream, positions: Array) -> tuple[Array, Array, Array]:
@@ -113,16 +114,15 @@ def _through(
 ) -> tuple[Array, Cache]:
     """New tokens through all layers against the cache; keys and values of the new tokens are written into it."""
     start = cache.length
-    key_stream = cache.stream.replace(
+    key_stream = dataclasses.replace(
+        cache.stream,
         segments=_write(cache.stream.segments, stream.segments, start),
         is_visual=_write(cache.stream.is_visual, stream.is_visual, start),
     )
-    stores = tuple(
-        lambda k, v, old=old: (_write(old[0], k, start), _write(old[1], v, start)) for old in cache.layers
-    )
+    stores = tuple(lambda k, v, old=old: (_write(old[0], k, start), _write(old[1], v, start)) for old in cache.layers)
     mask = decoder.visible(stream, key_stream)
     x, kept = decoder.loop_layers(spec.backbone.text, layers, x, angle, mask, stores, ports=ports)
-    return x, cache.replace(layers=kept, stream=key_stream)
+    return x, dataclasses.replace(cache, layers=kept, stream=key_stream)
 
 
 def extend(spec: Spec, base: Any, memory: Any, cache: Cache, batch: Batch) -> tuple[Array, Cache]:
@@ -137,7 +137,8 @@ def extend(spec: Spec, base: Any, memory: Any, cache: Cache, batch: Batch) -> tu
     Returns:
       [B, D] normalised hidden state of each row's last token, and the longer cache; memories keep earlier images.
     """
-    batch = batch.replace(
+    batch = dataclasses.replace(
+        batch,
         positions=jnp.asarray(batch.positions) + cache.position[:, None, None],
         segments=jnp.where(jnp.asarray(batch.segments) > 0, cache.segment[:, None], 0),
     )
@@ -151,7 +152,7 @@ def extend(spec: Spec, base: Any, memory: Any, cache: Cache, batch: Batch) -> tu
     x, cache = _through(spec, layers, cache, prompt.x, prompt.angle, prompt.stream, ports)
     count, position, _ = _after(prompt.stream, batch.positions)
     hidden = final_norm(spec, base, last(x, count))
-    return hidden, cache.replace(length=cache.length + count, position=position, states=states)
+    return hidden, dataclasses.replace(cache, length=cache.length + count, position=position, states=states)
 
 
 def step(
@@ -177,4 +178,4 @@ def step(
     x, cache = _through(spec, layers, cache, base["embed"][column(tokens)], angle, stream, ports)
     ahead = active.astype(jnp.int32)
     hidden = final_norm(spec, base, x[:, 0])
-    return hidden, cache.replace(length=cache.length + ahead, position=cache.position + ahead)
+    return hidden, dataclasses.replace(cache, length=cache.length + ahead, position=cache.position + ahead)

@@ -5,6 +5,7 @@ Axis letters: B rows, N new tokens, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -63,7 +64,8 @@ def _record(settings: SamplerConfig, state: State, scores: Array) -> State:
     tokens = jnp.where(state.done, settings.pad_token, drawn)
     stops = jnp.isin(tokens, jnp.asarray(settings.stop_tokens, jnp.int32)) if settings.stop_tokens else False
     seen = None if state.seen is None else state.seen.at[jnp.arange(len(tokens)), drawn].set(True)
-    return state.replace(
+    return dataclasses.replace(
+        state,
         tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, tokens[:, None], state.index, axis=1),
         logprobs=jax.lax.dynamic_update_slice_in_dim(
             state.logprobs, jnp.where(state.done, 0.0, logprob)[:, None], state.index, axis=1
@@ -109,7 +111,7 @@ def proceed(spec: Spec, settings: SamplerConfig, base: Any, memory: Any, state: 
     def one_token(state: State) -> State:
         tokens = jax.lax.dynamic_index_in_dim(state.tokens, state.index - 1, axis=1, keepdims=False)
         hidden, cache = step(spec, base, layers, memory, state.cache, tokens, ~state.done, angle_of)
-        return _record(settings, state.replace(cache=cache), logits(spec, base, hidden))
+        return _record(settings, dataclasses.replace(state, cache=cache), logits(spec, base, hidden))
 
     return jax.lax.while_loop(unfinished, one_token, state)
 

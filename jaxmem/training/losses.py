@@ -1,0 +1,98 @@
+"""Next-token cross-entropy whose logits never exist at once.
+
+A vocabulary of 150,000 makes `[B, T, V]` the largest array of a training step by far. Here the logits of a few
+positions at a time are made, used and thrown away, forwards and again backwards.
+Axis letters: B rows, T tokens, C tokens of one chunk, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class TokenLoss(NamedTuple):
+    """Sums over the supervised tokens of a batch; add them over batches, divide once.
+
+    Attributes:
+      nll: float32 scalar, weighted negative log-likelihood.
+      weight: float32 scalar, sum of the weights.
+      correct: int32 scalar, supervised tokens that were the most likely one.
+      count: int32 scalar, supervised tokens (weight above 0).
+    """
+
+    nll: jax.Array
+    weight: jax.Array
+    correct: jax.Array
+    count: jax.Array
+
+
+def cross_entropy(
+    hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array, weights: jax.Array, chunk: int = 2048
+) -> TokenLoss:
+    """Cross-entropy of every supervised token, given the hidden state before it.
+
+    The sequence is walked in chunks of about `chunk` positions over all rows; a chunk in which nothing is supervised
+    (a long prompt, padding) costs nothing. Softmax and sums are float32 whatever the dtype of the states.
+
+    Args:
+      hidden: [B, T, D] float states after the final norm.
+      unembedding: [V, D] float.
+      tokens: [B, T] int32.
+      weights: [B, T] float weight of predicting the token that stands at an index (`Batch.loss_mask`). Index 0 has
+        nothing before it and never counts.
+      chunk: positions whose logits exist together, at least one per row.
+
+    Returns:
+      TokenLoss.
+
+    Raises:
+      ValueError: the shapes do not belong together.
+    """
+    rows, length, width = hidden.shape
+    if tokens.shape != (rows, length) or weights.shape != (rows, length) or unembedding.shape[1] != width:
+        raise ValueError(
+            f"hidden {hidden.shape}, unembedding {unembedding.shape}, tokens {tokens.shape} and weights {weights.shape}"
+            " should be [B, T, D], [V, D], [B, T] and [B, T]"
+        )
+    size = max(1, min(chunk // rows, length))
+    targets, weights = _next(tokens), _next(weights).astype(jnp.float32)
+    chunks = jax.tree.map(lambda leaf: _chunks(leaf, size), (hidden, targets, weights))
+
+    def body(total: TokenLoss, piece):
+        here = jax.lax.cond(jnp.any(piece[2] > 0), lambda: _chunk_loss(unembedding, *piece), _nothing)
+        return jax.tree.map(jnp.add, total, here), None
+
+    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), _nothing(), chunks)[0]
+
+
+def _next(leaf: jax.Array) -> jax.Array:
+    """[B, T] shifted one to the left; the last column has no successor and becomes 0."""
+    return jnp.pad(leaf[:, 1:], ((0, 0), (0, 1)))
+
+
+def _chunks(leaf: jax.Array, size: int) -> jax.Array:
+    """[B, T, ...] -> [chunks, B, size, ...], zero-padded at the end; rows stay whole, so they may be sharded."""
+    rows, length = leaf.shape[:2]
+    leaf = jnp.pad(leaf, ((0, 0), (0, -length % size), *((0, 0),) * (leaf.ndim - 2)))
+    return jnp.moveaxis(leaf.reshape(rows, -1, size, *leaf.shape[2:]), 1, 0)
+
+
+def _nothing() -> TokenLoss:
+    return TokenLoss(jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.int32(0))
+
+
+def _chunk_loss(unembedding: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> TokenLoss:
+    """The sums of one chunk: hidden [B, C, D], targets and weights [B, C]."""
+    logits = jnp.einsum("bcd,vd->bcv", hidden, unembedding, preferred_element_type=jnp.float32)
+    here = jnp.arange(logits.shape[-1]) == targets[..., None]
+    nll = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(here, logits, 0.0), axis=-1)
+    supervised = weights > 0
+    return TokenLoss(
+        nll=jnp.sum(jnp.where(supervised, nll * weights, 0.0)),
+        weight=jnp.sum(weights),
+        correct=jnp.sum((jnp.argmax(logits, axis=-1) == targets) & supervised),
+        count=jnp.sum(supervised),
+    )

@@ -1,0 +1,133 @@
+"""What a run writes down: one JSON line per step, the same for TensorBoard, and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+LINES = "metrics.jsonl"
+BOARD = "tensorboard"
+
+
+class MetricLog:
+    """Appends metrics to `metrics.jsonl` and to TensorBoard, each step once.
+
+    Args:
+      folder: the run's output directory.
+      after: step that the run goes on from; what an earlier start wrote about later steps is removed, because those
+        steps are done again.
+      tensorboard: write event files too.
+    """
+
+    def __init__(self, folder: str | Path, after: int = 0, *, tensorboard: bool = True) -> None:
+        self._path = Path(folder) / LINES
+        truncate(self._path, after)
+        self._file = open(self._path, "a", encoding="utf-8")
+        self._board = None
+        if tensorboard:
+            import tensorboardX
+
+            self._board = tensorboardX.SummaryWriter(str(Path(folder) / BOARD), purge_step=after + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the scalars of a step; a value that is not finite is null in the file (JSON has no NaN)."""
+        line = {"step": step, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
+
+    def close(self) -> None:
+        """Flushes both."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> MetricLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+
+def read(folder: str | Path) -> list[dict[str, Any]]:
+    """All whole lines of a run's `metrics.jsonl`; none when there is no file."""
+    path = Path(folder) / LINES
+    return (
+        [line for line in map(_parsed, path.read_text(encoding="utf-8").splitlines()) if line] if path.exists() else []
+    )
+
+
+def truncate(path: Path, after: int) -> None:
+    """Removes the lines of steps later than `after`, and a line that was cut short, in one atomic replacement."""
+    if not path.exists():
+        return
+    lines = [
+        line
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if (_parsed(line) or {"step": after + 1})["step"] <= after
+    ]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+class Display:
+    """A progress bar on a terminal; elsewhere (a log file, a notebook's pipe) about twenty lines in all.
+
+    Args:
+      start, steps: where the run begins and ends.
+      enabled: False shows nothing.
+    """
+
+    def __init__(self, start: int, steps: int, enabled: bool = True) -> None:
+        from rich import console, progress
+
+        self._console = console.Console(stderr=True, quiet=not enabled)
+        self._steps, self._every, self._bar = steps, max(1, (steps - start) // 20), None
+        if self._console.is_terminal and enabled:
+            columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
+            self._bar = progress.Progress(
+                progress.TextColumn("training"),
+                *columns,
+                progress.TextColumn("{task.fields[text]}"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("training", total=steps, completed=start, text="")
+            self._bar.start()
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows the metrics of a step."""
+        text = f"loss {values['loss']:.4f}  accuracy {values['accuracy']:.3f}  lr {values['lr']:.2e}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+        elif step % self._every == 0 or step == self._steps:
+            self.say(f"step {step}/{self._steps}  {text}")
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self._console.print(text, highlight=False, markup=False)
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,106 @@
+"""The configuration of a training run as frozen dataclasses: what `configs/*.py` fill in, key by key."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from jaxmem.data.batching import Buckets
+from jaxmem.data.boards import BoardDataset
+from jaxmem.errors import ConfigError
+from jaxmem.training.loop import LoopConfig
+from jaxmem.training.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where rows come from and how they are encoded.
+
+    Attributes:
+      source: "jsonl" reads `path`; "boards" composes digit boards.
+      path: file with one {"messages": [...]} per line; image paths in it are relative to its folder.
+      boards: of the source "boards"; when their `group` is 1 it becomes the batch size, so that all boards of a batch
+        have one length.
+      shuffle: a new order for every epoch (boards are random already and keep theirs).
+      buckets: lengths that batches may have.
+      max_rejected_fraction: share of the dataset whose rows may be unusable before the run stops.
+      threads: that encode ahead; 0 encodes in the loop.
+      prefetch: encoded batches that may wait.
+    """
+
+    source: Literal["jsonl", "boards"] = "jsonl"
+    path: str = ""
+    boards: BoardDataset = BoardDataset()
+    shuffle: bool = True
+    buckets: Buckets = Buckets()
+    max_rejected_fraction: float = 0.0
+    threads: int = 2
+    prefetch: int = 8
+
+    def __post_init__(self) -> None:
+        if self.source == "jsonl" and not self.path:
+            raise ConfigError('data.path is empty; name a file with one {"messages": [...]} per line')
+        if not 0 <= self.max_rejected_fraction <= 1:
+            raise ConfigError(f"data.max_rejected_fraction is a share, got {self.max_rejected_fraction}")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices: `data` copies, weights cut over `fsdp` and `tensor` (jaxmem.distributed.mesh)."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A supervised training run; the defaults are those of PVM's first stage (specs/pvm 2.1).
+
+    Attributes:
+      output: directory of checkpoints, metrics and the trained memory.
+      data: what it trains on.
+      evaluation: what it is evaluated on; None evaluates on nothing.
+      backbone: Hugging Face folder; empty is the embedded tiny backbone.
+      memory: {"name": "pvm", ...} with settings of that memory; None trains without one.
+      memory_folder: a folder with a trained memory to go on from, instead of `memory`.
+      trainable: path patterns of what trains over {"base", "memory"}: "memory", or e.g. ("**", "!base/visual").
+      dtype: of the backbone's weights and of the arithmetic; what trains is kept in float32. None keeps what is stored.
+      seed: of the memory's weights, the data's order, the blindfolds and dropout.
+      optimizer: AdamW and its schedule.
+      loop: steps, batches, evaluations, checkpoints.
+      mesh: devices.
+      remat: recompute decoder layers in the backward pass.
+      loss_chunk: positions whose logits exist at once.
+      min_pixels, max_pixels: replace the folder's limits per image.
+      experiment: {"name": "digit_boards", ...}, measurements before and after the training; None makes none.
+    """
+
+    output: str
+    data: DataConfig
+    evaluation: DataConfig | None = None
+    backbone: str = ""
+    memory: Mapping[str, Any] | None = dataclasses.field(default_factory=lambda: {"name": "pvm"})
+    memory_folder: str | None = None
+    trainable: str | tuple[str, ...] = "memory"
+    dtype: str | None = None
+    seed: int = 42
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loop: LoopConfig = LoopConfig()
+    mesh: MeshConfig = MeshConfig()
+    remat: bool = True
+    loss_chunk: int = 2048
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    experiment: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory is not None and "name" not in self.memory:
+            raise ConfigError('memory has no key "name"; write for example {"name": "pvm", "layers": (8, 16, 24)}')
+        if self.experiment is not None and "name" not in self.experiment:
+            raise ConfigError('experiment has no key "name"; write for example {"name": "digit_boards"}')
+        ways = self.mesh.data * self.mesh.fsdp
+        rows = self.loop.batch_size // self.loop.accumulate
+        if ways < 1 or rows % ways:
+            raise ConfigError(f"{rows} rows per microbatch cannot be shared by mesh data x fsdp = {ways} devices")

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# The tests: a virtual environment with the test extra (torch included, as their oracle), then pytest on the CPU.
+# Further words are passed to pytest, e.g. -k config or -m "not slow".
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/venv.sh
+
+prepare test
+export JAX_PLATFORMS=cpu
+exec python -m pytest "$@"
