@@ -35,7 +35,7 @@ prepare() {
   if [ "$(head -n 1 "$stamp" 2>/dev/null)" != "$tree" ]; then echo "$tree" >"$stamp"; fi
   if grep -qx "extra $extra" "$stamp"; then return; fi
   echo "installing jaxmem[$extra] into $VIRTUAL_ENV (a few minutes the first time)"
-  # TORCH_INDEX: one more package index, e.g. https://download.pytorch.org/whl/cpu for torch without CUDA libraries
+  # TORCH_INDEX: one more package index, such as that of torch builds without CUDA libraries
   python -m pip install --quiet --disable-pip-version-check ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -e ".[$extra]"
   echo "extra $extra" >>"$stamp"
 }

@@ -1,0 +1,44 @@
+"""The benches run and print what they promise. Their figures are for people: no test asserts a time."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from jaxmem import cli
+from jaxmem.backbones import qwen3_vl
+from jaxmem.bench import compiling, decoding, models, run
+
+
+@pytest.fixture(scope="module")
+def config() -> object:
+    return models.backbone(layers=4, width=64, mlp_width=96, heads=2, kv_heads=1, vocab=256)
+
+
+def test_the_written_config_is_read_back(config: object) -> None:
+    assert qwen3_vl.config_from_hf(models.hf_config(config)) == config
+
+
+def test_decode_compares_the_same_tokens(config: object) -> None:
+    against, price = decoding.run(config, rows=2, new=6, runs=1, peer_runs=1)
+    assert "same tokens: 100.0%" in against.name
+    assert against.ratio == pytest.approx(against.ours / against.peer)
+    assert price.ratio == pytest.approx(price.peer / price.ours - 1)
+
+
+def test_compile_measures_both_depths_from_an_empty_cache() -> None:
+    (comparison,) = compiling.run(deep=5, width=64, runs=1)
+    assert len(comparison.runs["ours"]) == len(comparison.runs["peer"]) == 1
+    assert min(comparison.runs["ours"] + comparison.runs["peer"]) > 0.05  # seconds: really compiled, every time
+
+
+def test_json_holds_what_tools_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fake = run.Comparison("n", "s", 2.0, 1.0, 2.0, "ratio <= 3", {"ours": [2.0], "peer": [1.0]})
+    monkeypatch.setattr(compiling, "run", lambda: [fake])
+    assert cli.main(["bench", "compile", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"name", "ours", "peer", "ratio", "goal", "runs", "machine"} <= set(found)
+    assert found["name"] == "compile"
+    assert cli.main(["bench", "decoed"]) == 2
+    assert "decode" in capsys.readouterr().err
