@@ -17,6 +17,7 @@ from jaxmem.memory import pvm
 from jaxmem.model import Spec, hidden_states, init_memory, unembedding
 from jaxmem.training.losses import cross_entropy
 
+
 def run(deep: int = 36, shallow: int = 4, width: int = 256, runs: int = 5) -> list[Comparison]:
     """Compiles the gradient step of PVM on models of two depths, in turns, from an empty compilation cache."""
     seconds = alternate({"ours": _compile(deep, width), "peer": _compile(shallow, width)}, runs)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxmem.errors import ConfigError
 from jaxmem.training import trees
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -48,9 +49,9 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"optimizer.schedule: {self.schedule!r} is not one of {', '.join(SCHEDULES)}")
+            raise ConfigError(f"optimizer.schedule: {self.schedule!r} is not one of {', '.join(SCHEDULES)}")
         if self.learning_rate < 0 or not 0 <= self.warmup_ratio <= 1:
-            raise ValueError("optimizer: learning_rate must not be negative, warmup_ratio lies between 0 and 1")
+            raise ConfigError("optimizer: learning_rate must not be negative, warmup_ratio lies between 0 and 1")
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
@@ -97,7 +98,7 @@ def transformation(config: OptimizerConfig, trainable: trees.Tree) -> optax.Grad
       An optax transformation.
 
     Raises:
-      ValueError: a multiplier's pattern matches no trainable parameter.
+      ConfigError: a multiplier's pattern matches no trainable parameter.
     """
     trees.check_patterns([pattern for pattern, _ in config.multipliers], trainable, "optimizer.multipliers")
     decays = trees.map_with_path(

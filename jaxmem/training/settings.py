@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from ml_collections import ConfigDict
+
 from jaxmem.data.batching import Buckets
 from jaxmem.data.boards import BoardDataset
 from jaxmem.errors import ConfigError
@@ -104,3 +106,8 @@ class TrainConfig:
         rows = self.loop.batch_size // self.loop.accumulate
         if ways < 1 or rows % ways:
             raise ConfigError(f"{rows} rows per microbatch cannot be shared by mesh data x fsdp = {ways} devices")
+
+
+def config_dict(config: TrainConfig) -> ConfigDict:
+    """The configuration with every key spelt out: a file that returns it lets `--config.key` set any of them."""
+    return ConfigDict(dataclasses.asdict(config))

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from jaxmem.errors import ConfigError
+
 Tree = Any  # nested dicts whose leaves are arrays
 
 
@@ -38,12 +40,12 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def check_patterns(patterns: Sequence[str], tree: Tree, where: str) -> None:
-    """Raises a ValueError that names the first pattern that matches no leaf, with the nearest paths."""
+    """Raises a ConfigError that names the first pattern that matches no leaf, with the nearest paths."""
     paths = [path for path, _ in leaves(tree)]
     for pattern in patterns:
         if not any(matches(pattern, path) for path in paths):
             near = difflib.get_close_matches(pattern, paths, 3, 0.0)
-            raise ValueError(f"{where}: pattern {pattern!r} matches no parameter; the nearest are {', '.join(near)}")
+            raise ConfigError(f"{where}: pattern {pattern!r} matches no parameter; the nearest are {', '.join(near)}")
 
 
 def select(patterns: Sequence[str], path: str) -> bool:
@@ -67,13 +69,13 @@ def split(tree: Tree, patterns: str | Sequence[str]) -> tuple[Tree, Tree]:
       (trainable, frozen): two nested dicts with disjoint leaves; nodes without leaves are absent.
 
     Raises:
-      ValueError: a pattern matches nothing, or nothing is left to train.
+      ConfigError: a pattern matches nothing, or nothing is left to train.
     """
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     check_patterns([pattern.removeprefix("!") for pattern in patterns], tree, "trainable")
     trainable, frozen = (_keep(tree, patterns, wanted) for wanted in (True, False))
     if not trainable:
-        raise ValueError(f"trainable: the patterns {patterns} leave no parameter to train")
+        raise ConfigError(f"trainable: the patterns {patterns} leave no parameter to train")
     return trainable, frozen
 
 

@@ -173,3 +173,11 @@ def test_digit_boards_are_a_source_with_one_length_per_batch(folder):
         for field in dataclasses.fields(batches[0]):
             if field.name != "patch_table":  # rows of weight 0 may differ
                 np.testing.assert_array_equal(*(getattr(batch, field.name) for batch in batches), field.name)
+
+
+def test_a_config_with_every_key_spelt_out_is_the_same_config():
+    data = settings_of.DataConfig(path="x.jsonl")
+    config = settings_of.TrainConfig(output="out", data=data, evaluation=data, trainable=("**", "!base/visual"))
+    spelt = settings_of.config_dict(config)
+    assert configs.build(settings_of.TrainConfig, spelt, "config") == config
+    assert {"seed", "optimizer.eps", "loop.p_block", "data.boards.k"} <= set(configs.keys(spelt))
