@@ -36,39 +36,43 @@ def lasts(states, batch):
     return np.asarray(states, np.float64)[np.arange(len(lengths)), lengths - 1]
 
 
-def cached(spec, base, memory, batch):
+def cached(spec, base, memory, batch, run=w.DEFAULT):
     """Hidden states of the prompt's last token and of every token of the answer, [1 + N, B, D]; the last cache."""
-    states, kept = w.prefill(spec, base, memory, batch, w.SLOTS)
+    states, kept = run.prefill(spec, base, memory, batch, w.SLOTS)
     out, rows = [states], len(batch.tokens)
     for token in ANSWER:
-        states, kept = w.decode(spec, base, memory, kept, jnp.full(rows, token), jnp.ones(rows, bool))
+        states, kept = run.decode(spec, base, memory, kept, jnp.full(rows, token), jnp.ones(rows, bool))
         out.append(states)
     return np.asarray(jnp.stack(out), np.float64), kept
 
 
-def forward(spec, base, memory, rows, padding):
+def forward(spec, base, memory, rows, padding, run=w.DEFAULT):
     """The same from one full forward per length."""
     batches = [w.batch_of(spoken(rows, count), padding) for count in range(len(ANSWER) + 1)]
-    return np.stack([lasts(w.hidden(spec, base, memory, batch), batch) for batch in batches])
+    return np.stack([lasts(run.hidden(spec, base, memory, batch), batch) for batch in batches])
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("spec", [w.BARE, w.WITH_CAUSAL], ids=["bare", "pvm"])
 def test_check_29_cached_decode_is_the_full_forward(world, spec, padding):
     rows = w.rows_of(8)
-    ours, _ = cached(spec, world.base, world.memory, w.batch_of(rows, padding))
-    np.testing.assert_allclose(ours, forward(spec, world.base, world.memory, rows, padding), rtol=0, atol=1e-5)
+    memory = world.memory if spec.memories else {}
+    ours, _ = cached(spec, world.base, memory, w.batch_of(rows, padding))
+    np.testing.assert_allclose(ours, forward(spec, world.base, memory, rows, padding), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_check_29_cached_decode_in_bfloat16(world):
     """With PVM the error of cached decoding is of the size that the backbone's own has."""
-    rows, base = w.rows_of(8), jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), world.base)
-    errors = {}
-    for spec in (w.BARE, w.WITH_CAUSAL):
-        ours, _ = cached(spec, base, world.memory, w.batch_of(rows))
-        errors[spec] = np.abs(ours - forward(spec, base, world.memory, rows, "right"))
-    assert errors[w.WITH_CAUSAL].mean() <= 1.25 * errors[w.BARE].mean()
-    assert errors[w.WITH_CAUSAL].max() <= 1.5 * errors[w.BARE].max()
+    base, errors = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), world.base), []
+    for spec, memory in ((w.BARE, {}), (w.WITH_CAUSAL, world.memory)):
+        differences = []
+        for seed in range(20, 26):
+            rows = w.rows_of(seed)
+            ours, _ = cached(spec, base, memory, w.batch_of(rows), w.QUICKLY)
+            differences.append(ours - forward(spec, base, memory, rows, "right", w.QUICKLY))
+        errors.append(np.sqrt(np.mean(np.square(differences))))
+    assert 0 < errors[1] <= 1.1 * errors[0]
 
 
 def test_check_30_what_is_cached_is_what_would_be_recomputed(world):
@@ -103,7 +107,7 @@ def test_check_31_rows_decode_alone_as_in_a_batch(world):
     together, kept = cached(w.WITH_CAUSAL, world.base, world.memory, w.batch_of(rows))
     assert (np.asarray(kept.states["pvm"].segments) > 0).sum(1).tolist() == [8, 3, 0, 1]
     for i, row in enumerate(rows):
-        alone, _ = cached(w.WITH_CAUSAL, world.base, world.memory, w.batch_of([row]))
+        alone, _ = cached(w.WITH_CAUSAL, world.base, world.memory, w.batch_of([row]), w.QUICKLY)
         np.testing.assert_allclose(together[:, i], alone[:, 0], rtol=0, atol=1e-5)
 
 
@@ -162,12 +166,11 @@ def eight(layers, memories):
 
 
 def test_check_33_bytes_per_visual_token():
-    spec = eight(3, 3)
-    _, _, kept = step_shapes(spec)
+    _, _, kept = step_shapes(eight(1, 1))
     state = kept.states["pvm"]
     assert state.keys.dtype == state.values.dtype == jnp.bfloat16
-    assert size((state.keys, state.values)) == 1_536 * VISUAL
-    assert 12 * size(kept.layers) == 147_456 * CONTEXT  # the backbone's own, 36 layers
+    assert 3 * size((state.keys, state.values)) == 1_536 * VISUAL
+    assert 36 * size(kept.layers) == 147_456 * CONTEXT  # the backbone's own, 36 layers
 
 
 def flops(spec):

@@ -1,7 +1,5 @@
 """Acceptance checks 26 to 28 of PVM: dilution of the backbone's attention, and a branch that text cannot dilute."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,22 +66,24 @@ def test_check_26_mass_falls_as_one_over_t(heads):
         assert at(10_000) == pytest.approx(0.00609, rel=0.15)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def one_row(config, params, visual, x, place):
+def one_row(config, params, visual, x):
     """The branch for one row whose image stands in front: x [T, D] -> [slots, T, D]."""
     rows = jnp.where(jnp.arange(len(visual) + len(x)) < len(visual), jnp.arange(len(visual) + len(x)), -1)[None]
     ones = jnp.ones_like(rows)
     stream = decoder.Stream(jnp.arange(rows.shape[1])[None], ones, rows >= 0, jnp.zeros(1, bool))
     front = jnp.concatenate([jnp.zeros_like(visual), x])[None]
-    out, _ = w.inject(config, params, visual[None], rows, stream, front, None, None)
+    out, _ = w.injected(config, params, visual[None], rows, stream, front, None, None)
     return out[:, 0, len(visual) :]
+
+
+quick_row = w.quick(one_row, static_argnums=0)
 
 
 @pytest.mark.parametrize("config", [w.CAUSAL, w.ALL], ids=["causal", "all"])
 def test_check_27_no_position_reads_another(world, branch, config):
     """d inj_i / d x_j is exactly zero for i != j, and not zero for i == j."""
     visual, x = branch.visual[0, :6], branch.x[0, :7]
-    jacobian = np.asarray(jax.jacrev(lambda x: one_row(config, world.params, visual, x, 0))(x))  # [s, T, D, T, D]
+    jacobian = np.asarray(w.quick(jax.jacrev(lambda x: one_row(config, world.params, visual, x)))(x))  # [s, T, D, T, D]
     assert jacobian.shape == (3, 7, 48, 7, 48)
     for i in range(7):
         for j in range(7):
@@ -96,7 +96,7 @@ def test_check_27_what_is_found_does_not_depend_on_length(world, branch):
     found = []
     for t in (1, 10, 1_000, 10_000):
         context = jax.random.normal(jax.random.key(t), (t, 48)).at[-1].set(state)
-        found.append(np.asarray(one_row(w.CAUSAL, world.params, visual, context, 0)[:, -1]))
+        found.append(np.asarray(quick_row(w.CAUSAL, world.params, visual, context)[:, -1]))
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], rtol=0, atol=1e-6)
     norms = np.linalg.norm(found, axis=-1)
@@ -116,7 +116,7 @@ def test_check_28_backbone_dilutes_the_memory_does_not(world):
         shares = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), -1)
         return (shares * is_visual).sum(-1)[0]
 
-    look = jax.jit(lambda base, memory, batch: model.observed(w.WITH_CAUSAL, base, memory, batch, mass))
+    look = w.quick(lambda base, memory, batch: model.observed(w.WITH_CAUSAL, base, memory, batch, mass))
     states, omega = look(world.base, world.memory, batch)
     text = np.asarray(omega)[:, :, 8:]  # [L, heads, t]
     assert text.shape == (5, 8, 190) and np.all((text > 0) & (text < 1))

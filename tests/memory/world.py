@@ -139,13 +139,19 @@ def rows_of(seed: int) -> list[Example]:
     return [example(parts, 10 * seed + i) for i, parts in enumerate(ROWS)]
 
 
-hidden = jax.jit(model.hidden_states, static_argnames=("spec", "remat", "backward_from"))
+QUICK = {"xla_backend_optimization_level": 0}
+"""Halves the time of compiling; for programs whose bits are not compared with another program's."""
+quick = functools.partial(jax.jit, compiler_options=QUICK)
+
+hidden = jax.jit(model.hidden_states, static_argnames="spec")
 prefill = jax.jit(cache.prefill, static_argnames=("spec", "size"))
-extend = jax.jit(cache.extend, static_argnames="spec")
-read_prompt = jax.jit(model.read_prompt, static_argnames="spec")
+quick_hidden = quick(model.hidden_states, static_argnames="spec")
+quick_prefill = quick(cache.prefill, static_argnames=("spec", "size"))
+extend = quick(cache.extend, static_argnames="spec")
+read_prompt = quick(model.read_prompt, static_argnames="spec")
 
 
-@functools.partial(jax.jit, static_argnames="spec")
+@functools.partial(quick, static_argnames="spec")
 def logits(spec: Spec, base: Any, states: Any) -> Any:
     """float32 [..., V]."""
     return model.logits(spec, base, states)
@@ -159,6 +165,20 @@ def decode_step(spec: Spec, base: Any, memory: Any, kept: Any, tokens: Any, acti
 
 
 decode = jax.jit(decode_step, static_argnames="spec")
+quick_decode = quick(decode_step, static_argnames="spec")
+
+
+@dataclasses.dataclass(frozen=True)
+class Functions:
+    """The forward, and the two stages of cached decoding, compiled alike."""
+
+    hidden: Any = hidden
+    prefill: Any = prefill
+    decode: Any = decode
+
+
+QUICKLY = Functions(quick_hidden, quick_prefill, quick_decode)
+DEFAULT = Functions()
 
 
 def through(config: pvm.PVMConfig, params: Any, state: Any, stream: Any, x: Any, normed: Any = None, key: Any = None):
@@ -167,14 +187,16 @@ def through(config: pvm.PVMConfig, params: Any, state: Any, stream: Any, x: Any,
     return jax.vmap(lambda slot: port.act(slot, x, normed))(port.slots)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def inject(config: pvm.PVMConfig, params: Any, visual: Any, rows: Any, stream: Any, x: Any, normed: Any, key: Any):
+def injected(config: pvm.PVMConfig, params: Any, visual: Any, rows: Any, stream: Any, x: Any, normed: Any, key: Any):
     """The branch from visual rows to injection, and the state it remembers."""
     state = pvm.prepare(config, params, visual, rows, stream)
     return through(config, params, state, stream, x, normed, key), state
 
 
-@functools.partial(jax.jit, static_argnums=0)
+inject = quick(injected, static_argnums=0)
+
+
+@functools.partial(quick, static_argnums=0)
 def weights(config: pvm.PVMConfig, params: Any, state: Any, stream: Any, x: Any):
     """Attention over the visual set, [slots, B, K, N/K, T, M], and what is visible, [B, T, M]."""
     seen = pvm.visible(config, state, stream)
