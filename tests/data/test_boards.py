@@ -50,7 +50,9 @@ def test_every_cell_of_the_picture_shows_its_digit():
     """The nearest digit of the split (of all its pictures) to each cell, shrunk by averaging, has the cell's label."""
     pictures, labels = load_split("test")
     board = BoardDataset("test", seed=1)[0]
-    shrunk = board.image[..., 0].reshape(4, 8, 4, 4, 8, 4).mean(axis=(2, 5)).transpose(0, 2, 1, 3).reshape(16, 8, 8) / 255
+    shrunk = (
+        board.image[..., 0].reshape(4, 8, 4, 4, 8, 4).mean(axis=(2, 5)).transpose(0, 2, 1, 3).reshape(16, 8, 8) / 255
+    )
     distance = ((shrunk[:, None] - pictures[None]) ** 2).sum(axis=(2, 3))
     assert labels[distance.argmin(axis=1)].tolist() == list(board.grid)
 
