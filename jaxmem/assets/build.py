@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m jaxmem.assets.build", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=TINY, help="the folder to write (default: the embedded one)")
-    parser.add_argument("--work", type=Path, default=Path("tiny-backbone-work"), help="weights of finished phases")
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny-backbone"), help="weights of finished phases")
     parser.add_argument("--seed", type=int, default=0, help="of weights and training boards")
     given = parser.parse_args(arguments)
     build(given.out, given.work, given.seed)
