@@ -1,4 +1,4 @@
-"""Stage I of Persistent Visual Memory (arXiv 2605.00814) on Qwen3-VL: specs/pvm 2.1, every value a field.
+"""Stage I of Persistent Visual Memory (arXiv 2605.00814) on Qwen3-VL, every value a field.
 
     jaxmem train --config=configs/pvm_qwen3vl.py:8b --config.backbone=PATH --config.data.path=PATH/train.jsonl
 

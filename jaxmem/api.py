@@ -76,7 +76,8 @@ class Model:
           ConfigError: unknown memory or settings, settings that do not fit the backbone, a memory twice.
         """
         config = memory_module(memory).create(self.spec.backbone, **settings) if isinstance(memory, str) else memory
-        params = memory_module(config.name).init(jax.random.key(0) if key is None else key, config)
+        init = jax.jit(memory_module(config.name).init, static_argnums=1)
+        params = init(jax.random.key(0) if key is None else key, config)
         return self._with(config, params)
 
     def restore(self, folder: str | Path) -> Model:

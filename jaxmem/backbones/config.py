@@ -11,7 +11,7 @@ from jaxmem.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower (specs: Qwen3-VL section 4.4). Sizes in elements, `taps` are 0-based block indices."""
+    """The vision tower (of Qwen3-VL). Sizes in elements, `taps` are 0-based block indices."""
 
     depth: int
     width: int
@@ -45,7 +45,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The decoder (specs: Qwen3-VL sections 4.2 and 4.3)."""
+    """The decoder (of Qwen3-VL)."""
 
     layers: int
     width: int

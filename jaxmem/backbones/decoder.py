@@ -62,7 +62,7 @@ def visible(query: Stream, key: Stream) -> Array:
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + (ffn(norm(x)) + branches(x)); specs/pvm 1.2 keeps this order of sums."""
+    """x + attention(norm(x)), then x + (ffn(norm(x)) + branches(x)); as published, sums in this order."""
 
     config: TextConfig
 

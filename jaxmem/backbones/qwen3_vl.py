@@ -1,4 +1,4 @@
-"""Qwen3-VL, dense sizes: vision tower with DeepStack, interleaved M-RoPE, q/k-normalised GQA decoder (specs/pvm 4).
+"""Qwen3-VL, dense sizes: vision tower with DeepStack, interleaved M-RoPE, q/k-normalised GQA decoder.
 
 A backbone is this module's functions over one parameter tree `base`:
 embed [V, D], layers (stacked), norm, head [V, D] (absent when tied), visual (`vision.init`).
@@ -151,7 +151,7 @@ def _rows_at(rows: Array, batch: Batch) -> Array:
 
 
 def own_ports(visual: Visual | None, batch: Batch) -> Ports:
-    """DeepStack: feature i is added to the visual positions after decoder layer i (specs/pvm 4.5)."""
+    """DeepStack: feature i is added to the visual positions after decoder layer i."""
     if visual is None or not visual.deepstack.shape[0]:
         return Ports()
 
@@ -162,5 +162,5 @@ def own_ports(visual: Visual | None, batch: Batch) -> Ports:
 
 
 def rotary_angles(config: BackboneConfig, positions: Array) -> Array:
-    """[B, 3, T] positions -> [B, T, head_dim/2] radians, interleaved M-RoPE (specs/pvm 4.3)."""
+    """[B, 3, T] positions -> [B, T, head_dim/2] radians, interleaved M-RoPE."""
     return angles(positions, interleaved_axes(config.text.rope_section), config.text.rope_theta)

@@ -16,7 +16,7 @@ def interleaved_axes(section: Sequence[int]) -> tuple[int, ...]:
       section: how many frequencies each axis owns; their sum is half the head width.
 
     Returns:
-      One axis number per frequency: t h w t h w ... and time for what is left (Qwen3-VL, spec section 4.3).
+      One axis number per frequency: t h w t h w ... and time for what is left (Qwen3-VL).
     """
     axes = [0] * sum(section)
     for axis in (1, 2):

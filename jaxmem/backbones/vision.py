@@ -1,4 +1,4 @@
-"""The Qwen3-VL vision tower: patches in, merged visual rows and DeepStack features out (specs/pvm 4.4 and 4.5).
+"""The Qwen3-VL vision tower: patches in, merged visual rows and DeepStack features out.
 
 Axis letters: B rows, P patches, C pixels per patch, W tower width, M = P / merge^2 merged rows, D decoder width.
 """

@@ -1,4 +1,4 @@
-"""Persistent Visual Memory: the mapping table to the official tensor names (PVM spec section 1.14)."""
+"""Persistent Visual Memory: the mapping table to the official tensor names ."""
 
 from __future__ import annotations
 

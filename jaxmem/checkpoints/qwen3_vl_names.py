@@ -1,4 +1,4 @@
-"""Qwen3-VL (dense): the mapping table between the official tensor names and our tree (spec section 4.7)."""
+"""Qwen3-VL (dense): the mapping table between the official tensor names and our tree."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Positions that depend on image sizes, computed on the host: M-RoPE per token and the vision tower's tables per patch.
 
 Axis letters: T tokens, P patches. A *grid* is (frames, rows, columns) counted in patches; a *block* is one run of
-placeholder tokens, i.e. one image or one temporal patch of a video (specs: Qwen3-VL sections 4.3 and 4.4).
+placeholder tokens, i.e. one image or one temporal patch of a video (of Qwen3-VL).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Persistent Visual Memory (arXiv 2605.00814): a bottleneck cross-attention to the images beside the FFN.
 
 In a few decoder layers the residual stream after attention asks the visual embeddings of the prompt, and nothing
-else: a softmax over the visual set alone, which no amount of text dilutes (Theorem 4.1). Steps and shapes follow
-specs/pvm 1.3; the switches are those of 1.14.
+else: a softmax over the visual set alone, which no amount of text dilutes (Theorem 4.1). Docstrings count its
+steps: 1 reduce text, 2 reduce vision, 3 norm, 4 queries, 5 keys, 6 values, 7 to 10 attention, 11 latent MLP,
+12 expand, 13 norm, 14 gate, 15 silence at the images' own positions.
 
 Axis letters: B rows, T tokens, M visual rows, D model width, R latent width, N query heads, K key heads, H head width.
 """
@@ -27,7 +28,7 @@ from jaxmem.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class PVMConfig:
-    """One PVM (specs/pvm 1.14). `create` fills what follows from the backbone.
+    """One PVM (arXiv 2605.00814). `create` fills what follows from the backbone.
 
     Attributes:
       layers: 0-based decoder layers that get a branch.
@@ -65,7 +66,7 @@ class PVMConfig:
 
 
 def create(backbone: BackboneConfig, *, mlp_multiple: int = 1, **overrides: Any) -> PVMConfig:
-    """The PVM that fits a backbone, by the rules of specs/pvm 1.1.
+    """The PVM that fits a backbone, by the published rules.
 
     Args:
       backbone: gives the width, the head size, the ratio of query to key heads and of FFN to model width.
@@ -173,7 +174,7 @@ class CrossAttention(nn.Module):
 
 
 class PVM(nn.Module):
-    """The branch of one layer: the 15 tensors of specs/pvm 1.4, kept in float32, computing in its input's dtype."""
+    """The branch of one layer: the 15 published tensors, kept in float32, computing in its input's dtype."""
 
     config: PVMConfig
 
@@ -237,7 +238,7 @@ class PVMState:
 def init(key: Array, config: PVMConfig) -> Any:
     """Fresh parameters, stacked over the layers: maps N(0, 0.02^2) (or fan-in), norms 1, gates as configured.
 
-    With the output map at zero as well the branch would be dead: every gradient carries the gate (specs/pvm 1.6).
+    With the output map at zero as well the branch would be dead: every gradient carries the gate (arXiv 2605.00814).
     """
     x, visual, seen = jnp.zeros((1, 1, config.width)), jnp.zeros((1, 1, config.width)), jnp.ones((1, 1, 1), bool)
 
@@ -312,7 +313,7 @@ def ports(
 
 
 def fold(params: Any) -> Any:
-    """Parameters for inference with the visual projection folded into the key and value maps (specs/pvm 6.2).
+    """Parameters for inference with the visual projection folded into the key and value maps (arXiv 2605.00814).
 
     Halves the cost of `prepare`; exact up to rounding. The product is computed in float32.
     """

@@ -1,4 +1,4 @@
-"""AdamW with warm-up, cosine and clipping (specs/pvm 2.1): every number is a field, and it sees only what trains."""
+"""AdamW with warm-up, cosine and clipping: every number is a field, and it sees only what trains."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A supervised training run; the defaults are those of PVM's first stage (specs/pvm 2.1).
+    """A supervised training run; the defaults are those of PVM's first stage (arXiv 2605.00814, first stage).
 
     Attributes:
       output: directory of checkpoints, metrics and the trained memory.

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning as pure functions: the state, one optimizer step, one evaluation (specs/pvm 2.1).
+"""Supervised fine-tuning as pure functions: the state, one optimizer step, one evaluation.
 
 Gradients are taken of the trainable tree only; the frozen tree is a plain argument, so neither a gradient nor any
 optimizer state of it exists. Axis letters: A accumulated microbatches, B rows of one, T tokens.

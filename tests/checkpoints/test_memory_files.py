@@ -1,4 +1,4 @@
-"""A memory as one file with the official names (specs/pvm 1.14; acceptance checks 1 and 6)."""
+"""A memory as one file with the official names (acceptance checks 1 and 6)."""
 
 import dataclasses
 import json

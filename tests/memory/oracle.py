@@ -1,4 +1,4 @@
-"""PVM and the decoder around it in plain float64 numpy, written from specs/pvm 1.2, 1.3, 4.2, 4.3 and 4.5.
+"""PVM and the decoder around it in plain float64 numpy, written from the PVM paper.
 
 One row, one layer at a time, loops over heads and positions: slow and obvious. Only shapes and names of the parameter
 tree are shared with the library. Axis letters: T tokens, M visual rows, D model width.

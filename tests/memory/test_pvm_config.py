@@ -1,4 +1,4 @@
-"""Settings of PVM: what `create` refuses, and what every switch does (specs/pvm 1.14)."""
+"""Settings of PVM: what `create` refuses, and what every switch does (arXiv 2605.00814)."""
 
 import dataclasses
 

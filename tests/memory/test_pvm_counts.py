@@ -115,7 +115,7 @@ def test_check_04_heads_and_biases(name, kv_heads):
 
 
 def official_8b() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the released 8B checkpoint, specs/pvm 4.7."""
+    """Names and shapes of the released 8B checkpoint, the PVM paper."""
     tower, text = "model.visual.", "model.language_model."
     names = {tower + "patch_embed.proj.weight": (1152, 3, 2, 16, 16), tower + "patch_embed.proj.bias": (1152,)}
     names[tower + "pos_embed.weight"] = (2304, 1152)

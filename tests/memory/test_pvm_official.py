@@ -18,7 +18,7 @@ BLOCK = "model.language_model.layers.{}.pvm_block."
 
 
 def official_state_dict() -> dict[str, torch.Tensor]:
-    """Random tensors under the names and in the (out, in) layout of specs/pvm 1.4 and 1.14."""
+    """Random tensors under the names and in the (out, in) layout of the PVM paper."""
     d, r, heads, key, mlp = w.ALL.width, w.ALL.latent, w.ALL.heads * H, w.ALL.kv_heads * H, w.ALL.mlp_width
     linear = {"text_reducer": (r, d), "vision_reducer": (r, d), "output_expander": (d, r)}
     linear |= {"cross_attn.q_proj": (heads, r), "cross_attn.o_proj": (r, heads)}
@@ -43,7 +43,7 @@ def norm(x, weight=None):
 
 
 def torch_branch(state, layer, x, visual, padmask, is_visual):
-    """Steps 1 to 15 of specs/pvm 1.3, batched, with an additive mask over padded visual rows."""
+    """Steps 1 to 15 of the PVM paper, batched, with an additive mask over padded visual rows."""
     p = {name.removeprefix(BLOCK.format(layer)): t for name, t in state.items() if name.startswith(BLOCK.format(layer))}
     linear = lambda name, value: F.linear(value, p[f"{name}.weight"])  # noqa: E731
     heads = lambda value: value.reshape(*value.shape[:2], -1, H)  # noqa: E731

@@ -64,7 +64,7 @@ def decoded(world, spec, batch):
     for b in range(len(x)):
         valid = np.asarray(batch.segments)[b] > 0
         rows = np.asarray(batch.visual_rows)[b, valid]
-        visual = x[b, valid][rows >= 0]  # specs/pvm 1.7: the input sequence gathered at its placeholders
+        visual = x[b, valid][rows >= 0]  # the PVM paper: the input sequence gathered at its placeholders
         branches = {}
         for config in spec.memories:
             seen = oracle.visible(config, np.ones(len(rows), int), rows, len(visual))
