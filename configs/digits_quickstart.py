@@ -2,9 +2,10 @@
 
     jaxmem train --config=configs/digits_quickstart.py
 
-The memory trains on at most 128 words between image and question and is tested at 0, 128 and 256. Three values differ
-from the paper's, because this backbone is small and already sees well at short range: half of the rows train with the
-image hidden from the backbone's text (`loop.p_block`), maps start at 1/sqrt(fan-in), and gates learn five times faster.
+The memory trains on boards with no word or 128 words between image and question and is tested at 0, 128 and 256. What
+differs from the paper suits a small backbone that already sees well at short range: three of four rows train with the
+image hidden from the backbone's text (`loop.p_block`), a board asks for eight cells, maps start at 1/sqrt(fan-in), and
+gates learn five times faster. Layer 0 is among the memory's layers because there the asked cell's letter is clearest.
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +20,7 @@ def get_config() -> ConfigDict:
             "dtype": "float32",
             "memory": {
                 "name": "pvm",
-                "layers": (1, 2),
+                "layers": (0, 2),
                 "latent": 32,
                 "head_dim": 32,
                 "mlp_multiple": 1,
@@ -35,8 +36,8 @@ def get_config() -> ConfigDict:
             "trainable": "memory",
             "data": {
                 "source": "boards",
-                "boards": {"split": "train", "seed": 0, "k": (0, 32, 128), "n": (4,), "size": 100_000, "group": 1},
-                "buckets": {"tokens": (64, 96, 192), "patches": (64,)},
+                "boards": {"split": "train", "seed": 0, "k": (0, 0, 128), "n": (8,), "size": 100_000, "group": 1},
+                "buckets": {"tokens": (80, 208), "patches": (64,)},
                 "threads": 2,
                 "prefetch": 8,
             },
@@ -57,7 +58,7 @@ def get_config() -> ConfigDict:
                 "steps": 400,
                 "batch_size": 32,
                 "accumulate": 1,
-                "p_block": 0.5,
+                "p_block": 0.75,
                 "log_every": 1,
                 "eval_every": 0,
                 "checkpoint_every": 200,
@@ -75,7 +76,7 @@ def get_config() -> ConfigDict:
                 "test": {
                     "k": (0, 128, 256),
                     "blind_k": (0,),
-                    "boards": 256,
+                    "boards": 128,
                     "cells": 4,
                     "batch_size": 64,
                     "seed": 0,

@@ -27,6 +27,7 @@ def test_decode_compares_the_same_tokens(config: object) -> None:
     assert price.ratio == pytest.approx(price.peer / price.ours - 1)
 
 
+@pytest.mark.slow  # compiles four gradient steps
 def test_compile_measures_both_depths_from_an_empty_cache() -> None:
     (comparison,) = compiling.run(deep=5, width=64, runs=1)
     assert len(comparison.runs["ours"]) == len(comparison.runs["peer"]) == 1

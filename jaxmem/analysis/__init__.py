@@ -1,0 +1,1 @@
+"""What goes on inside a model, and the reports that show it."""
