@@ -20,7 +20,7 @@ from jaxmem.backbones.batch import Array, Batch
 from jaxmem.checkpoints import huggingface
 from jaxmem.data.batching import Buckets, collate
 from jaxmem.data.processor import Processor, load_processor
-from jaxmem.errors import CheckpointError, ConfigError
+from jaxmem.errors import ConfigError
 from jaxmem.memory.registry import memory as memory_module
 from jaxmem.model import Spec
 from jaxmem.sampling import generate as sampling
@@ -210,10 +210,7 @@ def load(
     """
     folder = Path(path)
     config = registry.config_from_hf(huggingface.read_config(folder))
-    try:
-        processor = load_processor(folder, config, min_pixels=min_pixels, max_pixels=max_pixels)
-    except FileNotFoundError as error:
-        raise CheckpointError(str(error)) from error
+    processor = load_processor(folder, config, min_pixels=min_pixels, max_pixels=max_pixels)
     dtype = None if dtype is None else jnp.dtype(dtype)
     base = huggingface.load_backbone(folder, config, dtype=dtype, sharding=sharding)
     bare = Model(Spec(config), base, {}, processor, folder)

@@ -137,17 +137,20 @@ def _scale(values: Sequence[float], axis: Axis, start: float, stop: float, margi
     high = high + room if axis.high is None else axis.high
     if axis.log:
         low = max(low, 1e-12)
-        return _Scale(low, max(high, low * 10), start, stop, True)
+        return _Scale(low, max(high, low * 2), start, stop, True)
     if high <= low:
         low, high = low - 0.5, high + 0.5
     return _Scale(low, high, start, stop, False)
 
 
 def ticks(low: float, high: float, log: bool = False, count: int = 5) -> list[float]:
-    """Round numbers within low..high: about `count` of them, or the powers of ten when `log`."""
+    """Round numbers within low..high: about `count` of them, or, when `log`, the powers of ten (with
+    their doubles and halves where these are few)."""
     if log:
-        powers = range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)
-        return [10.0**p for p in powers]
+        powers = range(math.floor(math.log10(low)), math.floor(math.log10(high) + 1e-9) + 1)
+        inside = lambda values: [v for v in values if low * (1 - 1e-9) <= v <= high * (1 + 1e-9)]  # noqa: E731
+        tens = inside(10.0**p for p in powers)
+        return tens if len(tens) > 2 else inside(m * 10.0**p for p in powers for m in (1, 2, 5))
     raw = (high - low) / count
     size = 10.0 ** math.floor(math.log10(raw))
     step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= raw * 0.999)

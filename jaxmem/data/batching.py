@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxmem.backbones.batch import Batch
 from jaxmem.data.example import Example
+from jaxmem.errors import ConfigError, DataError
 
 _PER_TOKEN = {"tokens": 0, "positions": 0, "loss_mask": 0, "visual_rows": -1}  # field: value of its padding
 _PER_PATCH = ("patches", "patch_segments", "patch_coords", "patch_table", "patch_weights")
@@ -30,7 +31,7 @@ class Buckets:
         for name in ("tokens", "patches"):
             lengths = tuple(getattr(self, name))
             if not lengths or lengths[0] < 1 or list(lengths) != sorted(set(lengths)):
-                raise ValueError(f"buckets.{name} must be positive and ascending, got {lengths}")
+                raise ConfigError(f"buckets.{name} must be positive and ascending, got {lengths}")
             object.__setattr__(self, name, lengths)
 
     def fit_tokens(self, count: int, where: str = "a row") -> int:
@@ -48,7 +49,7 @@ def _fit(count: int, lengths: tuple[int, ...], what: str, where: str, advice: st
     for length in lengths:
         if length >= count:
             return length
-    raise ValueError(f"{where} has {count} {what} and the longest bucket is {lengths[-1]}: {advice}")
+    raise DataError(f"{where} has {count} {what} and the longest bucket is {lengths[-1]}: {advice}")
 
 
 def collate(
@@ -71,12 +72,12 @@ def collate(
       A Batch of numpy arrays; padding has segment 0, position 0 and no loss.
 
     Raises:
-      ValueError: no rows, rows of different patch widths, a row over the longest bucket, or a bad `padding`/`blind`.
+      DataError: no rows, rows of different patch widths, a row over the longest bucket, or a bad `padding`/`blind`.
     """
     if not examples:
-        raise ValueError("a batch needs at least one row")
+        raise DataError("a batch needs at least one row")
     if padding not in ("right", "left"):
-        raise ValueError(f"padding must be 'right' or 'left', got {padding!r}")
+        raise DataError(f"padding must be 'right' or 'left', got {padding!r}")
     buckets = buckets or Buckets()
     width, patches = _shape(examples, buckets)
     starts = [width - len(row) if padding == "left" else 0 for row in examples]
@@ -92,14 +93,14 @@ def _shape(examples: Sequence[Example], buckets: Buckets) -> tuple[int, int]:
     """(T, P) of the batch; checks that the rows belong together."""
     dims = {row.patches.shape[1] for row in examples}
     if len(dims) > 1:
-        raise ValueError(f"rows have patches of different lengths {sorted(dims)}: encode them with one processor")
+        raise DataError(f"rows have patches of different lengths {sorted(dims)}: encode them with one processor")
     units = {len(row.patches) // row.visual_count for row in examples if row.visual_count}
     if len(units) > 1:
-        raise ValueError(f"rows merge {sorted(units)} patches into a visual token: encode them with one processor")
+        raise DataError(f"rows merge {sorted(units)} patches into a visual token: encode them with one processor")
     width = max(buckets.fit_tokens(len(row), f"row {i}") for i, row in enumerate(examples))
     patches = max(buckets.fit_patches(len(row.patches), f"row {i}") for i, row in enumerate(examples))
     if units and patches % min(units):
-        raise ValueError(f"patch bucket {patches} is not a multiple of the {min(units)} patches of a visual token")
+        raise DataError(f"patch bucket {patches} is not a multiple of the {min(units)} patches of a visual token")
     return width, patches
 
 
@@ -123,5 +124,5 @@ def _blind(blind: Sequence[bool] | np.ndarray | None, rows: int) -> np.ndarray:
     """[B] bool."""
     values = np.zeros(rows, bool) if blind is None else np.asarray(blind, bool)
     if values.shape != (rows,):
-        raise ValueError(f"blind has shape {values.shape}, the batch has {rows} rows")
+        raise DataError(f"blind has shape {values.shape}, the batch has {rows} rows")
     return values

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxmem.data.messages import text_runs
+from jaxmem.errors import DataError
 
 _PRIVATE_USE = range(0xE000, 0xF900)
 
@@ -70,5 +71,5 @@ def _two_unused(used: set[str]) -> tuple[str, str]:
     free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
     first, second = next(free, None), next(free, None)
     if first is None or second is None:
-        raise ValueError("the chat's text uses every private-use character; remove U+E000..U+F8FF from it")
+        raise DataError("the chat's text uses every private-use character; remove U+E000..U+F8FF from it")
     return first, second

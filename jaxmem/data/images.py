@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from jaxmem.errors import DataError
+
 MAX_SOURCE_PIXELS = 2**26  # stays below Pillow's own limit, which remains on
 MAX_SOURCE_BYTES = 2**28
 MAX_ASPECT_RATIO = 200
@@ -25,7 +27,7 @@ _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _BROKEN = (OSError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
-class ImageError(ValueError):
+class ImageError(DataError):
     """An image that cannot be used. The message names the image and where it came from, and never its bytes."""
 
 

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxmem.errors import DataError
+
 Message = Mapping[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 _REFUSED_KEYS = ("tool_calls", "reasoning_content")  # templates render them, and dropping them would be silent
@@ -43,16 +45,16 @@ def take_apart(
       Messages whose parts are {"type": "text" | "image" | "video"}, and the media in the order of their parts.
 
     Raises:
-      ValueError: an unknown role or part, or a number of images that differs from the number of bare image parts.
+      DataError: an unknown role or part, or a number of images that differs from the number of bare image parts.
     """
     if not messages:
-        raise ValueError(f"{where} has no messages; give at least one with a role and content")
+        raise DataError(f"{where} has no messages; give at least one with a role and content")
     media: list[Media] = []
     chat = [_message(message, f"message {i} of {where}", media) for i, message in enumerate(messages)]
     bare = [i for i, item in enumerate(media) if item.source is None]
     given = list(images) if images is not None else []
     if len(bare) != len(given):
-        raise ValueError(
+        raise DataError(
             f"{where} has {len(bare)} image placeholders without an image and {len(given)} images beside the messages; "
             "the numbers must agree"
         )
@@ -64,17 +66,17 @@ def take_apart(
 def _message(message: Message, where: str, media: list[Media]) -> dict[str, Any]:
     """Role and content of one message, its media moved to `media`."""
     if not isinstance(message, Mapping) or "role" not in message:
-        raise ValueError(f"{where} is not of the form {{'role': ..., 'content': ...}}")
+        raise DataError(f"{where} is not of the form {{'role': ..., 'content': ...}}")
     if message["role"] not in ROLES:
-        raise ValueError(f"{where} has the role {message['role']!r}; use one of {', '.join(ROLES)}")
+        raise DataError(f"{where} has the role {message['role']!r}; use one of {', '.join(ROLES)}")
     hidden = [key for key in _REFUSED_KEYS if message.get(key)]
     if hidden:
-        raise ValueError(f"{where} has {hidden[0]!r}, which is not supported; write it into the content")
+        raise DataError(f"{where} has {hidden[0]!r}, which is not supported; write it into the content")
     content = message.get("content")
     if isinstance(content, str):
         return {"role": message["role"], "content": content}
     if not isinstance(content, Sequence):
-        raise ValueError(f"{where} has content of type {type(content).__name__}; use text or a list of parts")
+        raise DataError(f"{where} has content of type {type(content).__name__}; use text or a list of parts")
     return {"role": message["role"], "content": [_part(part, where, media) for part in content]}
 
 
@@ -89,7 +91,7 @@ def _part(part: Any, where: str, media: list[Media]) -> dict[str, Any]:
     if kind == "video":
         media.append(_video(part, where))
         return {"type": "video"}
-    raise ValueError(f"{where} has a part of type {kind!r} that is not text, image, image_url or video")
+    raise DataError(f"{where} has a part of type {kind!r} that is not text, image, image_url or video")
 
 
 def _image_source(part: Mapping[str, Any]) -> Any:
@@ -104,9 +106,9 @@ def _video(part: Mapping[str, Any], where: str) -> Media:
     """A list of frames with their rate."""
     frames, fps = part.get("video"), part.get("fps")
     if frames is None or isinstance(frames, (str, bytes)) or not hasattr(frames, "__len__"):
-        raise ValueError(f"{where}: a video must be a list of frames; decode the file first and state its 'fps'")
+        raise DataError(f"{where}: a video must be a list of frames; decode the file first and state its 'fps'")
     if not isinstance(fps, (int, float)) or not fps > 0:
-        raise ValueError(f"{where}: a video needs 'fps', the frames per second of the given frames, got {fps!r}")
+        raise DataError(f"{where}: a video needs 'fps', the frames per second of the given frames, got {fps!r}")
     return Media("video", list(frames), float(fps))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from jaxmem.data.positions import Grid
+from jaxmem.errors import CheckpointError, DataError
 
 VIDEO_PIXELS = (4_096, 25_165_824)  # released budgets, for folders without video_preprocessor_config.json
 MAX_FRAMES = 768
@@ -52,7 +53,7 @@ class ImageProcessor:
 
     def __post_init__(self) -> None:
         if not 0 < self.min_pixels <= self.max_pixels:
-            raise ValueError(f"min_pixels {self.min_pixels} must be positive and at most max_pixels {self.max_pixels}")
+            raise DataError(f"min_pixels {self.min_pixels} must be positive and at most max_pixels {self.max_pixels}")
 
     @property
     def factor(self) -> int:
@@ -86,16 +87,16 @@ class ImageProcessor:
         The last frame is repeated until the temporal patches are full.
 
         Raises:
-          ValueError: too few or too many frames, or frames of different sizes.
+          DataError: too few or too many frames, or frames of different sizes.
         """
         if not self.temporal_patch_size <= len(frames) <= self.max_frames:
-            raise ValueError(
+            raise DataError(
                 f"{where} has {len(frames)} frames; between {self.temporal_patch_size} and {self.max_frames} are read: "
                 "sample fewer frames, or give a single frame as an image"
             )
         sizes = {frame.size for frame in frames}
         if len(sizes) > 1:
-            raise ValueError(f"{where} has frames of different sizes {sorted(sizes)}; resize them alike")
+            raise DataError(f"{where} has frames of different sizes {sorted(sizes)}; resize them alike")
         target = self.video_size(frames[0].size, len(frames))
         pixels = [self._pixels(frame, target) for frame in frames]
         pixels += [pixels[-1]] * (-len(pixels) % self.temporal_patch_size)
@@ -147,16 +148,16 @@ def load_image_processor(
       An ImageProcessor.
 
     Raises:
-      FileNotFoundError: no preprocessor_config.json.
+      CheckpointError: no preprocessor_config.json.
       KeyError, ValueError: the file lacks a key or asks for something that is not built.
     """
     file = Path(folder) / "preprocessor_config.json"
     settings = _read_json(file)
     if settings is None:
-        raise FileNotFoundError(f"{file} does not exist; copy it from the model's Hugging Face repository")
+        raise CheckpointError(f"{file} does not exist; copy it from the model's Hugging Face repository")
     for key in ("do_resize", "do_rescale", "do_normalize"):
         if settings.get(key, True) is not True:
-            raise ValueError(f"{file}: {key}={settings[key]} is not supported; the backbone expects it to be true")
+            raise CheckpointError(f"{file}: {key}={settings[key]} is not supported; the backbone expects it to be true")
     low, high = _pixel_range(settings, file)
     video_file = Path(folder) / "video_preprocessor_config.json"
     video = _read_json(video_file)
@@ -183,7 +184,7 @@ def _read_json(file: Path) -> dict[str, Any] | None:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error})") from None
+        raise CheckpointError(f"{file} is not valid JSON ({error})") from None
 
 
 def _key(settings: Mapping[str, Any], key: str, file: Path) -> Any:

@@ -20,6 +20,7 @@ from jaxmem.data.messages import Media, Message, take_apart
 from jaxmem.data.pixels import ImageProcessor, load_image_processor
 from jaxmem.data.positions import Grid, mrope_positions, patch_tables
 from jaxmem.data.video import timeline, timestamps
+from jaxmem.errors import CheckpointError, DataError
 
 _END_OF_TURN = "<|im_end|>"
 _END_OF_TEXT = "<|endoftext|>"
@@ -93,7 +94,7 @@ class Processor:
           An unpadded Example.
 
         Raises:
-          ValueError: bad messages, bad images (ImageError), placeholders and images that differ in number, or a
+          DataError: bad messages, bad images (ImageError), placeholders and images that differ in number, or a
             chat template that rewrites earlier turns, so that assistant tokens cannot be told.
         """
         chat = self._open(messages, images, where)
@@ -169,7 +170,7 @@ class Processor:
                 chat.messages[:count], chat_template=self.chat_template, tokenize=False, add_generation_prompt=prompt
             )
         except Exception as error:  # Jinja errors of many kinds; the template's own message is what helps
-            raise ValueError(f"the chat template refused {chat.where}: {error}") from error
+            raise DataError(f"the chat template refused {chat.where}: {error}") from error
         start, pad, end = self._vision
         wrapped = start + pad + end
         target = pad if self.video_wrapper or wrapped not in text else wrapped
@@ -182,10 +183,10 @@ class Processor:
             if message["role"] != "assistant":
                 continue
             if i == 0:
-                raise ValueError(f"{chat.where} starts with the assistant; it must start with a system or user message")
+                raise DataError(f"{chat.where} starts with the assistant; it must start with a system or user message")
             before, after = self._render(chat, i, True), self._render(chat, i + 1, False)
             if not after.startswith(before) or not rendered.startswith(after):
-                raise ValueError(
+                raise DataError(
                     f"the chat template rewrites what stands before or in message {i} of {chat.where}, so its tokens "
                     "cannot be told apart; give one example per answer, or use a template that only appends"
                 )
@@ -241,12 +242,12 @@ class Processor:
             seen, wanted = int(np.sum(tokens == id_)), sum(frame == id_ for frame, _ in frames)
             if wanted != seen:
                 unit = "images" if kind == "image" else "temporal patches of videos"
-                raise ValueError(
+                raise DataError(
                     f"the prompt of {where} has {seen} {kind} placeholders for {wanted} {unit}; "
                     "the chat template adds or drops some (many templates take no images in system messages)"
                 )
         if tokens[found].tolist() != [id_ for id_, _ in frames]:
-            raise ValueError(f"the chat template puts the images and videos of {where} into another order")
+            raise DataError(f"the chat template puts the images and videos of {where} into another order")
         return [(int(index), grid) for index, (_, grid) in zip(found, frames, strict=True)]
 
 
@@ -281,8 +282,8 @@ def load_processor(
       A Processor.
 
     Raises:
-      FileNotFoundError: a file is missing.
-      ValueError: tokenizer or image settings do not fit `config`.
+      CheckpointError: a file is missing.
+      DataError: tokenizer or image settings do not fit `config`.
     """
     folder = Path(folder)
     tokenizer = _load_tokenizer(folder, config)
@@ -290,7 +291,7 @@ def load_processor(
     for name in ("patch_size", "temporal_patch_size", "merge_size"):
         ours, theirs = getattr(config.vision, name), getattr(image_processor, name)
         if ours != theirs:
-            raise ValueError(
+            raise CheckpointError(
                 f"{folder}/preprocessor_config.json says {name} {theirs}, the backbone's config says {ours}"
             )
     stops = _stop_tokens(folder, tokenizer)
@@ -310,16 +311,16 @@ def _load_tokenizer(folder: Path, config: BackboneConfig) -> Any:
     import transformers  # heavy: only when a processor is wanted
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
-        raise FileNotFoundError(f"{folder} has no tokenizer.json; copy the tokenizer files of the model into it")
+        raise CheckpointError(f"{folder} has no tokenizer.json; copy the tokenizer files of the model into it")
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     if not tokenizer.is_fast:
-        raise ValueError(f"{folder}: the tokenizer is not a fast one; add its tokenizer.json")
+        raise CheckpointError(f"{folder}: the tokenizer is not a fast one; add its tokenizer.json")
     if len(tokenizer) > config.text.vocab:
-        raise ValueError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the backbone only {config.text.vocab}")
+        raise CheckpointError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the backbone {config.text.vocab}")
     for name in ("image_token", "video_token", "vision_start_token", "vision_end_token"):
         id_ = getattr(config, name)
         if id_ not in tokenizer.added_tokens_decoder:
-            raise ValueError(f"{folder}: the tokenizer has no special token of id {id_}, the backbone's {name}")
+            raise CheckpointError(f"{folder}: the tokenizer has no special token of id {id_}, the backbone's {name}")
     return tokenizer
 
 
@@ -332,7 +333,7 @@ def _load_template(folder: Path, tokenizer: Any) -> str:
         return json.loads(legacy.read_text(encoding="utf-8"))["chat_template"]
     if isinstance(tokenizer.chat_template, str):
         return tokenizer.chat_template
-    raise FileNotFoundError(
+    raise CheckpointError(
         f"{folder} has no chat template; add chat_template.jinja (jaxmem/assets has Qwen3-VL's format)"
     )
 

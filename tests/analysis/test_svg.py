@@ -23,6 +23,8 @@ def points(chart):
         (0, 400, False, [0, 100, 200, 300, 400]),
         (-0.3, 0.9, False, [-0.25, 0, 0.25, 0.5, 0.75]),
         (0.005, 20, True, [0.01, 0.1, 1, 10]),
+        (0.25, 1.2, True, [0.5, 1]),
+        (0.08, 1.2, True, [0.1, 0.2, 0.5, 1]),
     ],
 )
 def test_ticks_are_round_and_inside(low, high, log, wanted):

@@ -15,6 +15,7 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize 
 
 from jaxmem.data.images import ImageError, load_image
 from jaxmem.data.pixels import load_image_processor
+from jaxmem.errors import CheckpointError
 from tests.helpers import write_tokenizer
 
 
@@ -150,7 +151,7 @@ def test_pixel_overrides(folder):
 
 
 def test_unfit_settings_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="preprocessor_config.json"):
+    with pytest.raises(CheckpointError, match="preprocessor_config.json"):
         load_image_processor(tmp_path)
     write_tokenizer(tmp_path, do_resize=False)
     with pytest.raises(ValueError, match="do_resize=False"):

@@ -17,6 +17,7 @@ from PIL import Image
 from jaxmem.data.messages import take_apart
 from jaxmem.data.processor import load_processor
 from jaxmem.data.video import timestamps
+from jaxmem.errors import CheckpointError
 from tests.helpers import write_tokenizer
 
 IMAGE, VIDEO, START, END, IM_START, IM_END = 500, 501, 502, 503, 504, 505
@@ -336,7 +337,7 @@ def test_stop_and_pad_tokens(folder, config, processor, tmp_path):
 def test_template_sources(folder, config, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "chat_template.jinja").unlink()
-    with pytest.raises(FileNotFoundError, match="no chat template"):
+    with pytest.raises(CheckpointError, match="no chat template"):
         load_processor(copy, config)
     (copy / "chat_template.json").write_text(json.dumps({"chat_template": "json"}))
     assert load_processor(copy, config).chat_template == "json"
@@ -347,13 +348,13 @@ def test_template_sources(folder, config, tmp_path):
 
 
 def test_folders_that_do_not_fit(config, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no tokenizer.json"):
+    with pytest.raises(CheckpointError, match="no tokenizer.json"):
         load_processor(tmp_path, config)
     write_tokenizer(tmp_path, patch_size=14)
     with pytest.raises(ValueError, match="patch_size 14, the backbone's config.* 16"):
         load_processor(tmp_path, config)
     write_tokenizer(tmp_path, vocab_size=600)
-    with pytest.raises(ValueError, match="600 tokens, the backbone only 512"):
+    with pytest.raises(ValueError, match="600 tokens, the backbone 512"):
         load_processor(tmp_path, config)
     write_tokenizer(tmp_path, vocab_size=500)
     with pytest.raises(ValueError, match="no special token of id 500, the backbone's image_token"):
