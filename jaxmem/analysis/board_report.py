@@ -138,8 +138,9 @@ def page(
             " question comes k neutral words after the image. The backbone sees well when the image is near and loses"
             " sight of it as the text grows; its weights stay frozen while a memory beside them is trained.",
             f"At {a.k} words the backbone reads {a.read:.1%} of the digits; with the memory it reads {b.read:.1%},"
-            f" and exact final answers go from {a.exact:.1%} to {b.exact:.1%}. At {c.k} words it reads {c.read:.1%} without"
-            f" and {d.read:.1%} with the memory; exact answers are {c.exact:.1%} and {d.exact:.1%}.",
+            f" and exact final answers go from {a.exact:.1%} to {b.exact:.1%}."
+            f" At {c.k} words it reads {c.read:.1%} without and {d.read:.1%} with the memory; exact answers are"
+            f" {c.exact:.1%} and {d.exact:.1%}.",
         ),
         table=table,
         charts=(accuracy_charts(off, on), mass_charts(off, on), training_charts(history)),

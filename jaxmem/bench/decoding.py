@@ -62,13 +62,17 @@ def run(
 
 
 def _price(spec: Spec, ours: Callable, tokens: int, runs: int) -> Comparison:
-    """PVM on against off."""
-    with_memory = Spec(spec.backbone, (pvm.create(spec.backbone, latent=512, gate=0.1),))
+    """PVM on against off; its latent width is an eighth of the model's, as in the paper's 8B."""
+    text = spec.backbone.text
+    latent = -(-text.width // (8 * text.head_dim)) * text.head_dim
+    with_memory = Spec(spec.backbone, (pvm.create(spec.backbone, latent=latent, gate=0.1),))
     memory = init_memory(jax.random.key(1), with_memory)
     seconds = alternate({"ours": ours(with_memory, memory), "peer": ours(spec, {})}, runs)
     rates = {side: [tokens / s for s in times] for side, times in seconds.items()}
     on, off = median(rates["ours"]), median(rates["peer"])
-    return Comparison("PVM on against off", "tokens/s", on, off, off / on - 1, "share of time added <= 0.02", rates)
+    return Comparison(
+        f"PVM (latent {latent}) on against off", "tokens/s", on, off, off / on - 1, "share of time added <= 0.02", rates
+    )
 
 
 def _millions(base: Any) -> int:
