@@ -1,4 +1,4 @@
-"""Pictures to flattened patches: the resize rules and the normalisation of the Qwen-VL family (section 4.6)."""
+"""Pictures to flattened patches: the resize rules and the normalisation of the Qwen-VL family."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def _stretch(index: np.ndarray, count: int, side: int) -> tuple[np.ndarray, np.n
 
 
 def patch_tables(grids: Sequence[Grid], side: int, merge_size: int) -> PatchTables:
-    """Tables of all patches of one row, frame after frame (section 4.4).
+    """Tables of all patches of one row, frame after frame.
 
     Args:
       grids: one per image or video, in patches.

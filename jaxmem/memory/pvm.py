@@ -102,7 +102,7 @@ def create(backbone: BackboneConfig, *, mlp_multiple: int = 1, **overrides: Any)
 
 
 def _default_layers(backbone: BackboneConfig) -> tuple[int, ...]:
-    """The published layers (at 36 layers they are the tower's DeepStack taps), else one stride apart (1.14)."""
+    """The published layers (at 36 layers they are the tower's DeepStack taps), else one stride apart."""
     depth = backbone.text.layers
     if depth == 36 and len(backbone.vision.taps) == 3:
         return backbone.vision.taps
@@ -255,7 +255,7 @@ def prepare(config: PVMConfig, params: Any, visual: Array | None, rows: Array, s
     Args:
       config: static.
       params: from `init`, leading axis slots.
-      visual: [B, M, D] merged rows, in front of DeepStack and positions (1.7); None for a batch without images.
+      visual: [B, M, D] merged rows, in front of DeepStack and positions; None for a batch without images.
       rows: [B, T] visual row of each token, or -1.
       stream: places and documents of the tokens.
 

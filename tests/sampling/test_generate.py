@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,6 @@ def test_media_tokens_are_never_sampled(model: Any) -> None:
     """A head that wants nothing but media tokens still gets none."""
     media = jnp.asarray(model.spec.backbone.media_tokens)
     eager = {**model.base, "head": model.base["head"].at[media].multiply(1e4)}
-    import dataclasses
-
     wild = dataclasses.replace(model, base=eager)
     for settings in ({}, {"temperature": 1.5}):
         for answer in wild.generate(CHATS, max_new_tokens=24, buckets=BUCKETS, stop_tokens=(), **settings):
