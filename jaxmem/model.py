@@ -1,11 +1,12 @@
 """A backbone with its memories as pure functions of two trees: `base` (frozen) and `memory` (trainable).
 
-Axis letters: B rows, T tokens, D model width, V vocabulary.
+Axis letters: B rows, T tokens, G continuations of a row, N tokens of one, D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -16,7 +17,7 @@ from jaxmem.backbones import decoder
 from jaxmem.backbones.batch import Array, Batch
 from jaxmem.backbones.config import BackboneConfig
 from jaxmem.backbones.decoder import Observe, Stream
-from jaxmem.backbones.layers import rms_normalise
+from jaxmem.backbones.layers import Look, rms_normalise
 from jaxmem.backbones.ports import Ports
 from jaxmem.backbones.registry import backbone
 from jaxmem.memory.pvm import PVMConfig
@@ -131,19 +132,98 @@ def observed(
     dropout: Array | None = None,
 ) -> tuple[Array, Any]:
     """`hidden_states`, and what `observe(query, keys, values, mask)` says of each layer, stacked over layers."""
+    look = lambda stream: decoder.dense(decoder.visible(stream, stream), observe)  # noqa: E731
+    return _forward(spec, base, memory, batch, look, remat, backward_from, dropout)
+
+
+def continuation_states(
+    spec: Spec,
+    base: Any,
+    memory: Any,
+    batch: Batch,
+    tokens: Array,
+    lengths: Array,
+    *,
+    remat: bool = False,
+    backward_from: int = 0,
+    dropout: Array | None = None,
+) -> Array:
+    """The states that predict the tokens of G continuations per prompt, of which each prompt is computed once.
+
+    Args:
+      spec, base, memory, remat, backward_from, dropout: as in `hidden_states`.
+      batch: prompts [B, T], padded on either side.
+      tokens: [B, G, N] int32.
+      lengths: [B, G] int32; tokens behind them are not looked at.
+
+    Returns:
+      [B, G, N, D]; entry n is the state in front of token n, after the final norm.
+    """
+    rows, group, new = tokens.shape
+    trunk = batch.tokens.shape[1]
+    look = lambda stream: decoder.branching(stream, trunk, group)  # noqa: E731
+    extended = _continued(batch, tokens, lengths)
+    states, _ = _forward(spec, base, memory, extended, look, remat, backward_from, dropout)
+    index = last_places(batch)[:, None, None]
+    first = jnp.take_along_axis(states, index, axis=1)[:, None]
+    later = states[:, trunk:].reshape(rows, group, new, -1)[:, :, :-1]
+    return jnp.concatenate([jnp.broadcast_to(first, (rows, group, 1, first.shape[-1])), later], axis=2)
+
+
+def last_places(batch: Batch) -> Array:
+    """[B] index of each row's last valid token (0 for a row of padding)."""
+    valid = jnp.asarray(batch.segments) > 0
+    return jnp.max(jnp.where(valid, jnp.arange(valid.shape[1]), 0), axis=1)
+
+
+def next_position(batch: Batch) -> Array:
+    """[B] rotary position of the token behind each row, equal on all axes."""
+    valid = jnp.asarray(batch.segments) > 0
+    return 1 + jnp.max(jnp.where(valid[:, None], jnp.asarray(batch.positions), -1), axis=(1, 2))
+
+
+def _continued(batch: Batch, tokens: Array, lengths: Array) -> Batch:
+    """Prompts [B, T] with their continuations [B, G, N] side by side behind them: [B, T + G * N]."""
+    rows, _, new = tokens.shape
+    place = jnp.arange(new, dtype=jnp.int32)
+    document = jnp.max(jnp.asarray(batch.segments), axis=1)[:, None, None]
+    segments = jnp.where(place < lengths[..., None], document, 0)
+    positions = jnp.broadcast_to(next_position(batch)[:, None, None] + place, tokens.shape)
+    flat = lambda leaf: leaf.reshape(rows, -1)  # noqa: E731
+    behind = lambda old, new: jnp.concatenate([jnp.asarray(old), new.astype(old.dtype)], axis=-1)  # noqa: E731
+    return dataclasses.replace(
+        batch,
+        tokens=behind(batch.tokens, flat(tokens)),
+        positions=behind(batch.positions, jnp.repeat(flat(positions)[:, None], 3, axis=1)),
+        segments=behind(batch.segments, flat(segments)),
+        loss_mask=behind(batch.loss_mask, jnp.zeros((rows, tokens[0].size))),
+        visual_rows=behind(batch.visual_rows, jnp.full((rows, tokens[0].size), -1)),
+    )
+
+
+def _forward(
+    spec: Spec,
+    base: Any,
+    memory: Any,
+    batch: Batch,
+    look: Callable[[Stream], Look],
+    remat: bool,
+    backward_from: int,
+    dropout: Array | None,
+) -> tuple[Array, Any]:
+    """All layers over a batch whose tokens see what `look(stream)` shows them, and the final norm."""
     prompt = read_prompt(spec, base, memory, batch)
-    x, seen = decoder.scan_layers(
+    x, kept = decoder.scan_layers(
         spec.backbone.text,
         base["layers"],
         prompt.x,
         prompt.angle,
-        decoder.visible(prompt.stream, prompt.stream),
+        look(prompt.stream),
         ports=prompt.own + memory_ports(spec, memory, prompt.states, prompt.stream, dropout),
         remat=remat,
         backward_from=backward_from,
-        observe=observe,
     )
-    return final_norm(spec, base, x), seen
+    return final_norm(spec, base, x), kept
 
 
 def final_norm(spec: Spec, base: Any, x: Array) -> Array:

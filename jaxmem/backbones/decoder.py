@@ -6,7 +6,7 @@ Axis letters: B rows, T new tokens, S tokens that can be seen, K key heads, H he
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxmem.backbones import ports as port_lib
 from jaxmem.backbones.batch import Array, Batch
 from jaxmem.backbones.config import TextConfig
-from jaxmem.backbones.layers import Attention, RMSNorm, Store, SwiGLU
+from jaxmem.backbones.layers import Attention, Look, RMSNorm, SwiGLU, attend, attend_branches
 from jaxmem.backbones.ports import Ports
 
 NO_PORTS = Ports()
@@ -61,6 +61,38 @@ def visible(query: Stream, key: Stream) -> Array:
     return same & past & ~blocked
 
 
+def dense(mask: Array, observe: Observe | None = None) -> Look:
+    """New tokens look at one another: `mask` is [B, T, T] bool, and `observe` says what to keep (nothing when None)."""
+
+    def look(query: Array, key: Array, value: Array) -> tuple[Array, Any]:
+        return attend(query, key, value, mask), observe(query, key, value, mask) if observe else None
+
+    return look
+
+
+def branching(stream: Stream, trunk: int, group: int) -> Look:
+    """The tokens of each row are a prompt of `trunk` tokens and then `group` continuations of it, equally long.
+
+    A continuation sees the prompt and itself, never its neighbours: it computes what it would compute alone in a row
+    behind the same prompt, which is computed once.
+    """
+    part = lambda at: jax.tree.map(lambda leaf: leaf if leaf.ndim == 1 else leaf[:, at], stream)  # noqa: E731
+    stem, leaves = part(slice(trunk)), part(slice(trunk, None))
+    fork = lambda leaf: leaf.reshape(leaf.shape[0], group, -1, *leaf.shape[2:])  # noqa: E731
+    stem_mask, trunk_mask = visible(stem, stem), fork(visible(leaves, stem))
+    own = jax.tree.map(lambda leaf: fork(leaf) if leaf.ndim > 1 else leaf, leaves)
+    own_mask = jax.vmap(visible, in_axes=(Stream(1, 1, 1, None),) * 2, out_axes=1)(own, own)  # pyrefly: ignore
+
+    def look(query: Array, key: Array, value: Array) -> tuple[Array, None]:
+        first = attend(query[:, :trunk], key[:, :trunk], value[:, :trunk], stem_mask)
+        shared = tuple(jnp.swapaxes(leaf[:, :trunk], 1, 2) for leaf in (key, value))
+        each = tuple(jnp.swapaxes(fork(leaf[:, trunk:]), 2, 3) for leaf in (key, value))
+        later = attend_branches(fork(query[:, trunk:]), shared, each, trunk_mask, own_mask)
+        return jnp.concatenate([first, later.reshape(later.shape[0], -1, later.shape[-1])], axis=1), None
+
+    return look
+
+
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + (ffn(norm(x)) + branches(x)); as published, sums in this order."""
 
@@ -68,28 +100,23 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, angle: Array, mask: Array, store: Store, branches: Callable[[Array, Array, Array], Array]
-    ) -> tuple[Array, tuple[Array, Array, Array]]:
-        """x [B, T, D] -> [B, T, D] and the layer's (query, keys, values)."""
+        self, x: Array, angle: Array, look: Look, branches: Callable[[Array, Array, Array], Array]
+    ) -> tuple[Array, Any]:
+        """x [B, T, D] -> [B, T, D] and what `look` keeps of the layer."""
         c = self.config
         attention = Attention(c.heads, c.kv_heads, c.head_dim, c.norm_eps, name="attention")
-        attended, seen = attention(RMSNorm(c.norm_eps, name="attention_norm")(x), angle, mask, store)
+        attended, kept = attention(RMSNorm(c.norm_eps, name="attention_norm")(x), angle, look)
         x = x + attended
         normed = RMSNorm(c.norm_eps, name="ffn_norm")(x)
-        return x + branches(SwiGLU(c.mlp_width, name="ffn")(normed), x, normed), seen
+        return x + branches(SwiGLU(c.mlp_width, name="ffn")(normed), x, normed), kept
 
 
-def _as_they_are(key: Array, value: Array) -> tuple[Array, Array]:
-    """The Store of a pass without a cache: queries see the new keys and nothing else."""
-    return key, value
+def _layer(config: TextConfig, ports: Ports, angle: Array) -> Callable[..., tuple[Array, Any]]:
+    """One layer with its ports as a function of (x, weights, index, look)."""
 
-
-def _layer(config: TextConfig, ports: Ports, angle: Array, mask: Array) -> Callable:
-    """One layer with its ports as a function of (x, weights, index, store)."""
-
-    def run(x: Array, weights: Any, index: Array | int, store: Store) -> tuple[Array, tuple[Array, Array, Array]]:
+    def run(x: Array, weights: Any, index: Array | int, look: Look) -> tuple[Array, Any]:
         branches = lambda ffn, residual, normed: port_lib.beside_ffn(ports.beside_ffn, index, ffn, residual, normed)  # noqa: E731
-        out: Any = DecoderLayer(config).apply({"params": weights}, x, angle, mask, store, branches)
+        out: Any = DecoderLayer(config).apply({"params": weights}, x, angle, look, branches)
         return port_lib.after_layer(ports.after_layer, index, out[0]), out[1]
 
     return run
@@ -100,12 +127,11 @@ def scan_layers(
     layers: Any,
     x: Array,
     angle: Array,
-    mask: Array,
+    look: Look,
     *,
     ports: Ports = NO_PORTS,
     remat: bool = False,
     backward_from: int = 0,
-    observe: Observe | None = None,
 ) -> tuple[Array, Any]:
     """All layers over stacked weights in one `lax.scan`: compile time does not grow with depth.
 
@@ -114,21 +140,19 @@ def scan_layers(
       layers: weights with leading axis L.
       x: [B, T, D] embeddings.
       angle: [B, T, H/2] rotary angles.
-      mask: [B, T, T] bool.
+      look: what the tokens see, the same in every layer.
       ports: the memories' and the backbone's own.
       remat: recompute each layer in the backward pass instead of keeping its inside.
       backward_from: no gradient is wanted below this layer, and the weights are frozen: the layers under it run
         outside differentiation, and weights are read by index instead of being split from the stack.
-      observe: what to keep of each layer's attention, stacked over layers; None keeps nothing.
 
     Returns:
-      [B, T, D] before the final norm, and the stacked observations.
+      [B, T, D] before the final norm, and what `look` keeps, stacked over layers.
     """
-    run = _layer(config, ports, angle, mask)
+    run = _layer(config, ports, angle)
 
     def body(x: Array, index: Array, weights: Any) -> tuple[Array, Any]:
-        x, (query, keys, values) = run(x, weights, index, _as_they_are)
-        return x, observe(query, keys, values, mask) if observe else None
+        return run(x, weights, index, look)
 
     step: Callable[..., tuple[Array, Any]] = jax.checkpoint(body) if remat else body
     if not backward_from:
@@ -152,24 +176,22 @@ def loop_layers(
     layers: tuple[Any, ...],
     x: Array,
     angle: Array,
-    mask: Array,
-    stores: tuple[Store, ...],
+    looks: Sequence[Look],
     *,
     ports: Ports = NO_PORTS,
-) -> tuple[Array, tuple[tuple[Array, Array], ...]]:
-    """The same layers unrolled, each with a cache of its own: for decoding, where a scan would copy the cache.
+) -> tuple[Array, tuple[Any, ...]]:
+    """The same layers unrolled, each with a look of its own: for decoding, where a scan would copy the cache.
 
     Args:
       config, x, angle, ports: as in `scan_layers`.
       layers: one weight tree per layer (`unstack`).
-      mask: [B, T, S] bool.
-      stores: per layer, puts the new keys and values into its cache and returns the whole cache.
+      looks: one per layer: writes the new keys and values into its cache and looks at the whole.
 
     Returns:
-      [B, T, D] before the final norm, and the updated (keys, values) per layer.
+      [B, T, D] before the final norm, and what each look keeps.
     """
-    run, caches = _layer(config, ports, angle, mask), []
-    for index, (weights, store) in enumerate(zip(layers, stores, strict=True)):
-        x, (_, keys, values) = run(x, weights, index, store)
-        caches.append((keys, values))
-    return x, tuple(caches)
+    run, kept = _layer(config, ports, angle), []
+    for index, (weights, look) in enumerate(zip(layers, looks, strict=True)):
+        x, one = run(x, weights, index, look)
+        kept.append(one)
+    return x, tuple(kept)

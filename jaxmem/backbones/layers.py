@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,7 +17,10 @@ WEIGHT = nn.initializers.normal(0.02)
 
 
 class Linear(nn.Module):
-    """x @ kernel (+ bias) in the dtype of x, whatever dtype the weights are kept in: [..., in] -> [..., features]."""
+    """x @ kernel (+ bias) in the dtype of x, whatever dtype the weights are kept in: [..., in] -> [..., features].
+
+    Beside the kernel may lie a low-rank update of it (`jaxmem.adapters.lora`): lora_a, lora_b and lora_scale.
+    """
 
     features: int
     use_bias: bool = False
@@ -25,6 +30,9 @@ class Linear(nn.Module):
     def __call__(self, x: Array) -> Array:
         """[..., in] -> [..., features]."""
         y = x @ self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(x.dtype)
+        if self.has_variable("params", "lora_a"):
+            a, b, scale = (self.get_variable("params", f"lora_{name}").astype(x.dtype) for name in ("a", "b", "scale"))
+            y = y + (x @ a * jax.lax.stop_gradient(scale)) @ b
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         return y
@@ -77,8 +85,39 @@ def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
     return out.reshape(*query.shape[:2], -1)
 
 
-Store = Callable[[Array, Array], tuple[Array, Array]]
-"""Takes the new keys and values [B, T, K, H]; returns all that the queries may look at, [B, S, K, H]."""
+def attend_branches(
+    query: Array, trunk: tuple[Array, Array], own: tuple[Array, Array], trunk_mask: Array, own_mask: Array
+) -> Array:
+    """Attention of G continuations of one prompt: one softmax over the keys they share and those of their own.
+
+    The shared keys exist once, whatever G is.
+
+    Args:
+      query: [B, G, Q, N, H].
+      trunk: keys and values [B, K, S, H] of the prompt.
+      own: keys and values [B, G, K, U, H] of the continuation.
+      trunk_mask: [B, G, Q, S] bool.
+      own_mask: [B, G, Q, U] bool.
+
+    Returns:
+      [B, G, Q, N * H] in the dtype of the query.
+    """
+    heads, width = query.shape[3:]
+    kv_heads, shared = trunk[0].shape[1:3]
+    parted = query.reshape(*query.shape[:3], kv_heads, heads // kv_heads, width)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = [product("bgqkrh,bksh->bkgqrs", parted, trunk[0]), product("bgqkrh,bgkuh->bkgqru", parted, own[0])]
+    mask = jnp.concatenate([trunk_mask, own_mask], axis=-1)[:, None, :, :, None]
+    scores = jnp.where(mask, jnp.concatenate(scores, axis=-1) * width**-0.5, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    out = product("bkgqrs,bksh->bgqkrh", weights[..., :shared], trunk[1])
+    out = out + product("bkgqru,bgkuh->bgqkrh", weights[..., shared:], own[1])
+    return out.astype(query.dtype).reshape(*query.shape[:3], heads * width)
+
+
+Look = Callable[[Array, Array, Array], tuple[Array, Any]]
+"""How a layer's new tokens look at what there is: look(query [B, T, N, H], key, value [B, T, K, H]) -> what was found
+[B, T, N * H], and what to keep of this layer (a cache, an observation, None)."""
 
 
 class Attention(nn.Module):
@@ -90,14 +129,13 @@ class Attention(nn.Module):
     eps: float
 
     @nn.compact
-    def __call__(self, x: Array, angle: Array, mask: Array, store: Store) -> tuple[Array, tuple[Array, Array, Array]]:
-        """x [B, T, D], angle [B, T, H/2], mask [B, T, S] -> output [B, T, D] and (query, keys, values)."""
+    def __call__(self, x: Array, angle: Array, look: Look) -> tuple[Array, Any]:
+        """x [B, T, D], angle [B, T, H/2] -> output [B, T, D] and what `look` keeps."""
 
         def split(name: str, heads: int) -> Array:
             return Linear(heads * self.head_dim, name=name)(x).reshape(*x.shape[:2], heads, self.head_dim)
 
         query = rotate(RMSNorm(self.eps, name="q_norm")(split("q", self.heads)), angle)
         key = rotate(RMSNorm(self.eps, name="k_norm")(split("k", self.kv_heads)), angle)
-        keys, values = store(key, split("v", self.kv_heads))
-        out = Linear(x.shape[-1], name="o")(attend(query, keys, values, mask))
-        return out, (query, keys, values)
+        found, kept = look(query, key, split("v", self.kv_heads))
+        return Linear(x.shape[-1], name="o")(found), kept

@@ -1,12 +1,16 @@
 """The key-value cache, and the forward pass that reads and extends it.
 
-Slots of a row fill without gaps, each row at its own pace. Axis letters: B rows, T new tokens, S slots, K key heads,
+A cache has a trunk, the prompts, of which one copy exists, and a tail for each of the G continuations of a prompt. All
+continuations take one slot per step, so a step writes one column. While decoding, the members of a group stand where
+the tokens of a prompt stand, on the axis T = G; memories need not know.
+Axis letters: B prompts, G continuations of each, T tokens, S slots of the trunk, N slots of a tail, K key heads,
 H head width, D model width.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -16,31 +20,50 @@ import jax.numpy as jnp
 from jaxmem.backbones import decoder
 from jaxmem.backbones.batch import Array, Batch
 from jaxmem.backbones.decoder import Stream
-from jaxmem.backbones.ports import Ports
+from jaxmem.backbones.layers import Look, attend, attend_branches
 from jaxmem.errors import DataError
 from jaxmem.memory.registry import memory as memory_module
-from jaxmem.model import Spec, final_norm, memory_ports, read_prompt
+from jaxmem.model import Spec, final_norm, last_places, memory_ports, next_position, read_prompt
+
+KeysValues = tuple[Array, Array]
+
+
+@flax.struct.dataclass
+class Tail:
+    """What the continuations have seen of themselves.
+
+    Attributes:
+      layers: per decoder layer, keys and values [B, G, K, N, H].
+      segments: [B, G, N] int32 document of what stands in each slot; 0 where nothing does.
+      index: int32, the next free slot.
+    """
+
+    layers: tuple[KeysValues, ...]
+    segments: Array
+    index: Array
 
 
 @flax.struct.dataclass
 class Cache:
-    """Everything that a row has seen.
+    """Everything that a prompt has seen, and its continuations.
 
     Attributes:
-      layers: per decoder layer, keys and values [B, S, K, H].
-      stream: [B, S] what stands in each slot; segment 0 where nothing does.
+      layers: per decoder layer, keys and values [B, K, S, H].
+      stream: [B, S] what stands in each slot; segment 0 where nothing does. Slots fill without gaps.
       length: [B] int32, the next free slot.
       position: [B] int32, the rotary position of the next token (equal on all axes).
       segment: [B] int32, the document that the next token belongs to.
       states: per memory name, its per-prompt state.
+      tail: of the continuations; None before `fork`.
     """
 
-    layers: tuple[tuple[Array, Array], ...]
+    layers: tuple[KeysValues, ...]
     stream: Stream
     length: Array
     position: Array
     segment: Array
     states: dict[str, Any]
+    tail: Tail | None = None
 
 
 def require_room(spec: Spec, prompt: int, new: int, size: int) -> None:
@@ -52,14 +75,6 @@ def require_room(spec: Spec, prompt: int, new: int, size: int) -> None:
         raise DataError(f"{asked} exceed the {limit} positions of the backbone; shorten the prompt")
 
 
-def _after(stream: Stream, positions: Array) -> tuple[Array, Array, Array]:
-    """Per row of a batch: tokens up to the last valid one, the next rotary position, the last document."""
-    valid = stream.segments > 0
-    count = jnp.max(jnp.where(valid, jnp.arange(valid.shape[1]) + 1, 0), axis=1)
-    position = 1 + jnp.max(jnp.where(valid[:, None], positions, -1), axis=(1, 2))
-    return count, position, jnp.max(stream.segments, axis=1)
-
-
 def prefill(spec: Spec, base: Any, memory: Any, batch: Batch, size: int) -> tuple[Array, Cache]:
     """Reads prompts into a new cache.
 
@@ -67,66 +82,62 @@ def prefill(spec: Spec, base: Any, memory: Any, batch: Batch, size: int) -> tupl
       spec: static.
       base, memory: the two trees.
       batch: prompts, padded on either side.
-      size: slots S (static), at least T.
+      size: slots S of the trunk (static), at least T.
 
     Returns:
       [B, D] normalised hidden state of each row's last token, and the cache.
     """
     prompt = read_prompt(spec, base, memory, batch)
     stream = prompt.stream
+    mask = decoder.visible(stream, stream)
     x, (keys, values) = decoder.scan_layers(
         spec.backbone.text,
         base["layers"],
         prompt.x,
         prompt.angle,
-        decoder.visible(stream, stream),
+        lambda query, key, value: (attend(query, key, value, mask), (key, value)),
         ports=prompt.own + memory_ports(spec, memory, prompt.states, stream),
-        observe=lambda query, keys, values, mask: (keys, values),
     )
     room = size - batch.tokens.shape[1]
-    grow = lambda a: jnp.pad(a, [(0, 0), (0, room)] + [(0, 0)] * (a.ndim - 2))  # noqa: E731
-    count, position, segment = _after(stream, jnp.asarray(batch.positions))
-    order = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (len(count), size))
+    grow = lambda a: jnp.pad(a, ((0, 0), (0, room)))  # noqa: E731
+    keep = lambda a: jnp.pad(jnp.swapaxes(a, 1, 2), ((0, 0), (0, 0), (0, room), (0, 0)))  # noqa: E731
+    places = last_places(batch)
+    order = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (len(places), size))
     cache = Cache(
-        layers=tuple((grow(keys[i]), grow(values[i])) for i in range(spec.backbone.text.layers)),
+        layers=tuple((keep(keys[i]), keep(values[i])) for i in range(spec.backbone.text.layers)),
         stream=Stream(order, grow(stream.segments), grow(stream.is_visual), stream.blind),
-        length=count,
-        position=position,
-        segment=segment,
+        length=places + 1,
+        position=next_position(batch),
+        segment=jnp.max(stream.segments, axis=1),
         states=prompt.states,
     )
-    return final_norm(spec, base, last(x, count)), cache
+    return final_norm(spec, base, _at(x, places)), cache
 
 
-def last(x: Array, count: Array) -> Array:
-    """[B, T, D], [B] -> [B, D], the row's entry at count - 1."""
-    return jnp.take_along_axis(x, (count - 1)[:, None, None], axis=1)[:, 0]
+def fork(cache: Cache, group: int, new: int) -> Cache:
+    """The cache with empty tails: `group` continuations per prompt of up to `new` tokens each."""
+    rows = len(cache.length)
+
+    def empty(leaf: Array) -> Array:
+        return jnp.zeros((rows, group, leaf.shape[1], new, leaf.shape[3]), leaf.dtype)
+
+    layers = jax.tree.map(empty, cache.layers)
+    return dataclasses.replace(cache, tail=Tail(layers, jnp.zeros((rows, group, new), jnp.int32), jnp.int32(0)))
 
 
-def _write(old: Array, new: Array, start: Array) -> Array:
-    """Puts new [B, T, ...] into old [B, S, ...] from slot start [B] on."""
-    put = lambda row, part, at: jax.lax.dynamic_update_slice_in_dim(row, part, at, axis=0)  # noqa: E731
+def _at(x: Array, places: Array) -> Array:
+    """[B, T, D], [B] -> [B, D]."""
+    return jnp.take_along_axis(x, places[:, None, None], axis=1)[:, 0]
+
+
+def _write(old: Array, new: Array, start: Array, axis: int) -> Array:
+    """Puts new into old [B, ...] from slot start [B] on; `axis` counts within a row."""
+    put = lambda row, part, at: jax.lax.dynamic_update_slice_in_dim(row, part, at, axis=axis)  # noqa: E731
     return jax.vmap(put)(old, new.astype(old.dtype), start)
 
 
-def _through(
-    spec: Spec, layers: tuple, cache: Cache, x: Array, angle: Array, stream: Stream, ports: Ports
-) -> tuple[Array, Cache]:
-    """New tokens through all layers against the cache; keys and values of the new tokens are written into it."""
-    start = cache.length
-    key_stream = dataclasses.replace(
-        cache.stream,
-        segments=_write(cache.stream.segments, stream.segments, start),
-        is_visual=_write(cache.stream.is_visual, stream.is_visual, start),
-    )
-    stores = tuple(lambda k, v, old=old: (_write(old[0], k, start), _write(old[1], v, start)) for old in cache.layers)
-    mask = decoder.visible(stream, key_stream)
-    x, kept = decoder.loop_layers(spec.backbone.text, layers, x, angle, mask, stores, ports=ports)
-    return x, dataclasses.replace(cache, layers=kept, stream=key_stream)
-
-
 def extend(spec: Spec, base: Any, memory: Any, cache: Cache, batch: Batch) -> tuple[Array, Cache]:
-    """Reads a further turn, with images of its own or without, behind what the cache holds.
+    """Reads a further turn, with images of its own or without, behind what the trunk holds.
 
     Args:
       spec: static.
@@ -137,45 +148,96 @@ def extend(spec: Spec, base: Any, memory: Any, cache: Cache, batch: Batch) -> tu
     Returns:
       [B, D] normalised hidden state of each row's last token, and the longer cache; memories keep earlier images.
     """
+    start = cache.length
     batch = dataclasses.replace(
         batch,
         positions=jnp.asarray(batch.positions) + cache.position[:, None, None],
         segments=jnp.where(jnp.asarray(batch.segments) > 0, cache.segment[:, None], 0),
     )
-    prompt = read_prompt(spec, base, memory, batch, start=cache.length)
+    prompt = read_prompt(spec, base, memory, batch, start=start)
     states = {
         config.name: memory_module(config.name).append(cache.states[config.name], prompt.states[config.name])
         for config in spec.memories
     }
-    ports = prompt.own + memory_ports(spec, memory, states, prompt.stream)
-    layers = decoder.unstack(base["layers"], spec.backbone.text.layers)
-    x, cache = _through(spec, layers, cache, prompt.x, prompt.angle, prompt.stream, ports)
-    count, position, _ = _after(prompt.stream, batch.positions)
-    hidden = final_norm(spec, base, last(x, count))
-    return hidden, dataclasses.replace(cache, length=cache.length + count, position=position, states=states)
+    stream = dataclasses.replace(
+        cache.stream,
+        segments=_write(cache.stream.segments, prompt.stream.segments, start, 0),
+        is_visual=_write(cache.stream.is_visual, prompt.stream.is_visual, start, 0),
+    )
+    mask = decoder.visible(prompt.stream, stream)
+
+    def look(old: KeysValues) -> Look:
+        def write_and_look(query: Array, key: Array, value: Array) -> tuple[Array, KeysValues]:
+            put = lambda leaf, part: _write(leaf, jnp.swapaxes(part, 1, 2), start, 1)  # noqa: E731
+            kept = put(old[0], key), put(old[1], value)
+            seen = [jnp.swapaxes(leaf, 1, 2) for leaf in kept]
+            return attend(query, *seen, mask), kept
+
+        return write_and_look
+
+    x, layers = decoder.loop_layers(
+        spec.backbone.text,
+        decoder.unstack(base["layers"], spec.backbone.text.layers),
+        prompt.x,
+        prompt.angle,
+        [look(old) for old in cache.layers],
+        ports=prompt.own + memory_ports(spec, memory, states, prompt.stream),
+    )
+    places = last_places(batch)
+    cache = dataclasses.replace(
+        cache, layers=layers, stream=stream, length=start + places + 1, position=next_position(batch), states=states
+    )
+    return final_norm(spec, base, _at(x, places)), cache
 
 
 def step(
-    spec: Spec, base: Any, layers: tuple, memory: Any, cache: Cache, tokens: Array, active: Array, angle_of: Any
+    spec: Spec,
+    base: Any,
+    layers: tuple[Any, ...],
+    memory: Any,
+    cache: Cache,
+    tokens: Array,
+    active: Array,
+    angle_of: Callable[[Array], Array],
 ) -> tuple[Array, Cache]:
-    """One generated token per row.
+    """One generated token per continuation.
 
     Args:
       spec: static.
       base, memory: the two trees; `layers` are the decoder's, unstacked.
-      cache: has a free slot in every active row.
-      tokens: [B] ids; rows that are not `active` [B] are computed and forgotten.
-      angle_of: positions [B, 3, 1] -> rotary angles.
+      cache: forked, with a free slot in its tails.
+      tokens: [B, G] ids; continuations that are not `active` [B, G] are computed and forgotten, for good.
+      angle_of: positions [B, 3, G] -> rotary angles.
 
     Returns:
-      [B, D] normalised hidden state, and the cache.
+      [B, G, D] normalised hidden states, and the cache.
     """
-    column = lambda a: a[:, None]  # noqa: E731
-    segments = column(jnp.where(active, cache.segment, 0))
-    stream = Stream(column(cache.length), segments, jnp.zeros_like(segments, bool), cache.stream.blind)
-    angle = angle_of(jnp.broadcast_to(cache.position[:, None, None], (len(tokens), 3, 1)))
-    ports = memory_ports(spec, memory, cache.states, stream)
-    x, cache = _through(spec, layers, cache, base["embed"][column(tokens)], angle, stream, ports)
-    ahead = active.astype(jnp.int32)
-    hidden = final_norm(spec, base, x[:, 0])
-    return hidden, dataclasses.replace(cache, length=cache.length + ahead, position=cache.position + ahead)
+    tail = cache.tail
+    assert tail is not None, "fork the cache before the first step"
+    here = jnp.broadcast_to(tail.index, tokens.shape)
+    segments = jnp.where(active, cache.segment[:, None], 0)
+    stream = Stream(cache.length[:, None] + here, segments, jnp.zeros_like(active), cache.stream.blind)
+    written = jax.lax.dynamic_update_slice_in_dim(tail.segments, segments[..., None], tail.index, axis=2)
+    trunk_mask = decoder.visible(stream, cache.stream)[:, :, None]
+    own_mask = ((written == segments[..., None]) & (segments > 0)[..., None])[:, :, None]
+
+    def look(trunk: KeysValues, own: KeysValues) -> Look:
+        def write_and_look(query: Array, key: Array, value: Array) -> tuple[Array, KeysValues]:
+            put = lambda leaf, part: jax.lax.dynamic_update_slice_in_dim(  # noqa: E731
+                leaf, part[:, :, :, None].astype(leaf.dtype), tail.index, axis=3
+            )
+            kept = put(own[0], key), put(own[1], value)
+            return attend_branches(query[:, :, None], trunk, kept, trunk_mask, own_mask)[:, :, 0], kept
+
+        return write_and_look
+
+    positions = jnp.broadcast_to((cache.position[:, None] + here)[:, None], (len(tokens), 3, tokens.shape[1]))
+    x, kept = decoder.loop_layers(
+        spec.backbone.text,
+        layers,
+        base["embed"][tokens],
+        angle_of(positions),
+        [look(*pair) for pair in zip(cache.layers, tail.layers, strict=True)],
+        ports=memory_ports(spec, memory, cache.states, stream),
+    )
+    return final_norm(spec, base, x), dataclasses.replace(cache, tail=Tail(kept, written, tail.index + 1))

@@ -1,6 +1,6 @@
-"""Generation: prefill, then one compiled loop until every row has ended.
+"""Generation: prefill, then one compiled loop until every continuation has ended.
 
-Axis letters: B rows, N new tokens, V vocabulary.
+Axis letters: B prompts, G continuations of each, N new tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxmem.backbones import decoder
 from jaxmem.backbones.batch import Array, Batch
 from jaxmem.backbones.registry import backbone
 from jaxmem.model import Spec, logits
-from jaxmem.sampling.cache import Cache, prefill, require_room, step
+from jaxmem.sampling.cache import Cache, fork, prefill, require_room, step
 from jaxmem.sampling.logits import SamplerConfig, draw
 
 
@@ -28,14 +28,14 @@ class State:
     """One state carries everything from token to token.
 
     Attributes:
-      cache: what the rows have seen.
-      tokens: [B, N] int32, pad tokens where nothing was sampled yet or the row has ended.
-      logprobs: [B, N] float32, 0 there.
-      count: [B] int32 sampled tokens, the stop token included.
-      done: [B] bool.
-      keys: [B] random keys of the rows.
-      seen: [B, V] bool for the repetition penalty, or None.
-      index: int32, tokens sampled so far by the rows that are not done.
+      cache: what prompts and continuations have seen.
+      tokens: [B, G, N] int32, pad tokens where nothing was sampled yet or the continuation has ended.
+      logprobs: [B, G, N] float32, 0 there.
+      count: [B, G] int32 sampled tokens, the stop token included.
+      done: [B, G] bool.
+      keys: [B, G] random keys of the continuations.
+      seen: [B, G, V] bool for the repetition penalty, or None.
+      index: int32, tokens sampled so far by the continuations that are not done.
     """
 
     cache: Cache
@@ -58,50 +58,61 @@ class Generated:
 
 
 def _record(settings: SamplerConfig, state: State, scores: Array) -> State:
-    """Draws a token for every row that goes on and writes it down."""
-    keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.index)
-    drawn, logprob = draw(settings, keys, scores, state.seen)
+    """Draws a token for every continuation that goes on and writes it down; scores [B, G, V]."""
+    keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(state.keys, state.index)
+    flat = lambda leaf: None if leaf is None else leaf.reshape(-1, *leaf.shape[2:])  # noqa: E731
+    drawn, logprob = (
+        out.reshape(state.done.shape) for out in draw(settings, flat(keys), flat(scores), flat(state.seen))
+    )
     tokens = jnp.where(state.done, settings.pad_token, drawn)
     stops = jnp.isin(tokens, jnp.asarray(settings.stop_tokens, jnp.int32)) if settings.stop_tokens else False
-    seen = None if state.seen is None else state.seen.at[jnp.arange(len(tokens)), drawn].set(True)
+    put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new[..., None], state.index, axis=2)  # noqa: E731
     return dataclasses.replace(
         state,
-        tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, tokens[:, None], state.index, axis=1),
-        logprobs=jax.lax.dynamic_update_slice_in_dim(
-            state.logprobs, jnp.where(state.done, 0.0, logprob)[:, None], state.index, axis=1
-        ),
+        tokens=put(state.tokens, tokens),
+        logprobs=put(state.logprobs, jnp.where(state.done, 0.0, logprob)),
         count=state.count + ~state.done,
         done=state.done | stops,
-        seen=seen,
+        seen=None if state.seen is None else state.seen | jax.nn.one_hot(drawn, state.seen.shape[-1], dtype=bool),
         index=state.index + 1,
     )
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "settings", "size"))
 def start(spec: Spec, settings: SamplerConfig, size: int, base: Any, memory: Any, batch: Batch, keys: Array) -> State:
-    """Prefills a cache of `size` slots and samples the first token of every row."""
-    hidden, cache = prefill(spec, base, memory, batch, size)
-    rows, vocab = batch.tokens.shape[0], spec.backbone.text.vocab
+    """Prefills the prompts once and samples the first token of every continuation.
+
+    Args:
+      spec, settings: static.
+      size: slots of prompt and continuation together (static).
+      base, memory: the two trees.
+      batch: prompts.
+      keys: [B, G] random keys.
+    """
+    rows, group, vocab, new = *keys.shape, spec.backbone.text.vocab, settings.max_new_tokens
+    hidden, cache = prefill(spec, base, memory, batch, size - new)
     seen = None
     if settings.repetition_penalty != 1:
         index = jnp.where(jnp.asarray(batch.segments) > 0, batch.tokens, vocab)
-        seen = jnp.zeros((rows, vocab), bool).at[jnp.arange(rows)[:, None], index].set(True, mode="drop")
+        prompt = jnp.zeros((rows, vocab), bool).at[jnp.arange(rows)[:, None], index].set(True, mode="drop")
+        seen = jnp.broadcast_to(prompt[:, None], (rows, group, vocab))
     state = State(
-        cache=cache,
-        tokens=jnp.full((rows, settings.max_new_tokens), settings.pad_token, jnp.int32),
-        logprobs=jnp.zeros((rows, settings.max_new_tokens), jnp.float32),
-        count=jnp.zeros(rows, jnp.int32),
-        done=cache.segment == 0,  # a row of padding has nothing to say
+        cache=fork(cache, group, new),
+        tokens=jnp.full((rows, group, new), settings.pad_token, jnp.int32),
+        logprobs=jnp.zeros((rows, group, new), jnp.float32),
+        count=jnp.zeros((rows, group), jnp.int32),
+        done=jnp.broadcast_to(cache.segment[:, None] == 0, (rows, group)),  # a row of padding has nothing to say
         keys=keys,
         seen=seen,
         index=jnp.int32(0),
     )
-    return _record(settings, state, logits(spec, base, hidden))
+    scores = logits(spec, base, hidden)
+    return _record(settings, state, jnp.broadcast_to(scores[:, None], (rows, group, vocab)))
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "settings"), donate_argnames=("state",))
 def proceed(spec: Spec, settings: SamplerConfig, base: Any, memory: Any, state: State, until: Array) -> State:
-    """Samples on until `until` tokens stand in every row, or all rows have ended."""
+    """Samples on until `until` tokens stand in every continuation, or all have ended."""
     layers = decoder.unstack(base["layers"], spec.backbone.text.layers)
     angle_of = functools.partial(backbone(spec.backbone.model_type).rotary_angles, spec.backbone)
 
@@ -109,11 +120,50 @@ def proceed(spec: Spec, settings: SamplerConfig, base: Any, memory: Any, state: 
         return (state.index < until) & ~state.done.all()
 
     def one_token(state: State) -> State:
-        tokens = jax.lax.dynamic_index_in_dim(state.tokens, state.index - 1, axis=1, keepdims=False)
+        tokens = jax.lax.dynamic_index_in_dim(state.tokens, state.index - 1, axis=2, keepdims=False)
         hidden, cache = step(spec, base, layers, memory, state.cache, tokens, ~state.done, angle_of)
         return _record(settings, dataclasses.replace(state, cache=cache), logits(spec, base, hidden))
 
     return jax.lax.while_loop(unfinished, one_token, state)
+
+
+def states(
+    spec: Spec,
+    base: Any,
+    memory: Any,
+    batch: Batch,
+    settings: SamplerConfig,
+    key: Array | None = None,
+    group: int = 1,
+    every: int | None = None,
+) -> Iterator[State]:
+    """The state after every few tokens; a state is donated to the next one, so read it before you go on.
+
+    Args:
+      spec, settings: static.
+      base, memory: the two trees.
+      batch: prompts.
+      key: one random key, or [B] keys of the prompts; None is a fixed one. A continuation's tokens depend on its own
+        key alone, which follows from its prompt's and its place in the group.
+      group: continuations G of every prompt.
+      every: tokens between two items; None goes to the end at once.
+
+    Raises:
+      DataError: prompt and answer do not fit into the cache or the backbone's positions.
+    """
+    (rows, width), new = batch.tokens.shape, settings.max_new_tokens
+    size = settings.cache_size or width + new
+    require_room(spec, width, new, size)
+    key = jax.random.key(0) if key is None else key
+    keys = jax.random.split(key, rows) if jnp.ndim(key) == 0 else key
+    members = jax.vmap(lambda one: jax.vmap(jax.random.fold_in, (None, 0))(one, jnp.arange(group)))(keys)
+    state = start(spec, settings, size, base, memory, batch, members)
+    while True:
+        yield state
+        index = int(state.index)
+        if index >= new or bool(np.all(state.done)):
+            return
+        state = proceed(spec, settings, base, memory, state, min(new, index + (every or new)))
 
 
 def stream(
@@ -123,37 +173,16 @@ def stream(
     batch: Batch,
     settings: SamplerConfig,
     key: Array | None = None,
-    every: int = 8,
+    every: int | None = 8,
 ) -> Iterator[Generated]:
-    """Yields what is there after every few tokens; the last item is the whole answer.
-
-    Args:
-      spec, settings: static.
-      base, memory: the two trees.
-      batch: prompts.
-      key: one random key, or [B] keys of the rows; None is a fixed one.
-      every: tokens between two items.
-
-    Raises:
-      DataError: prompt and answer do not fit into the cache or the backbone's positions.
-    """
-    width, new = batch.tokens.shape[1], settings.max_new_tokens
-    size = settings.cache_size or width + new
-    require_room(spec, width, new, size)
-    key = jax.random.key(0) if key is None else key
-    keys = jax.random.split(key, batch.tokens.shape[0]) if jnp.ndim(key) == 0 else key
-    state = start(spec, settings, size, base, memory, batch, keys)
-    while True:
-        yield Generated(np.array(state.tokens), np.array(state.logprobs), np.array(state.count))  # state is donated
-        index = int(state.index)
-        if index >= new or bool(np.all(state.done)):
-            return
-        state = proceed(spec, settings, base, memory, state, min(new, index + every))
+    """Yields what is there after every few tokens; the last item is the whole answer. Arguments as for `states`."""
+    for state in states(spec, base, memory, batch, settings, key, every=every):
+        yield Generated(*(np.array(leaf[:, 0]) for leaf in (state.tokens, state.logprobs, state.count)))
 
 
 def generate(
     spec: Spec, base: Any, memory: Any, batch: Batch, settings: SamplerConfig, key: Array | None = None
 ) -> Generated:
-    """Continues every prompt of a batch; arguments as for `stream`."""
-    *_, whole = stream(spec, base, memory, batch, settings, key, every=settings.max_new_tokens)
+    """Continues every prompt of a batch; arguments as for `states`."""
+    *_, whole = stream(spec, base, memory, batch, settings, key, every=None)
     return whole

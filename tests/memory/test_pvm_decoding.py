@@ -148,8 +148,8 @@ def step_shapes(spec):
     )  # fmt: skip
     base = qwen3_vl.shapes(spec.backbone, jnp.bfloat16)
     memory = jax.eval_shape(lambda: model.init_memory(jax.random.key(0), spec))
-    prefill = lambda base, memory, batch: cache.prefill(spec, base, memory, batch, CONTEXT)  # noqa: E731
-    _, kept = jax.eval_shape(prefill, base, memory, batch)
+    prefill = lambda base, memory, batch: cache.prefill(spec, base, memory, batch, CONTEXT - 1)[1]  # noqa: E731
+    kept = jax.eval_shape(lambda *trees: cache.fork(prefill(*trees), 1, 1), base, memory, batch)
     return base, memory, kept
 
 
@@ -170,7 +170,7 @@ def test_check_33_bytes_per_visual_token():
     state = kept.states["pvm"]
     assert state.keys.dtype == state.values.dtype == jnp.bfloat16
     assert 3 * size((state.keys, state.values)) == 1_536 * VISUAL
-    assert 36 * size(kept.layers) == 147_456 * CONTEXT  # the backbone's own, 36 layers
+    assert 36 * size((kept.layers, kept.tail.layers)) == 147_456 * CONTEXT  # the backbone's own, 36 layers
 
 
 def flops(spec):

@@ -73,7 +73,7 @@ def test_check_08_no_image_no_branch(world, stage):
     batch = text_only()
 
     def decode(spec, base, memory, batch):
-        _, kept = prefill(spec, base, memory, batch, 16)
+        _, kept = w.prefill_and_fork(spec, base, memory, batch, 16)
         return w.decode_step(spec, base, memory, kept, jnp.arange(4), jnp.ones(4, bool))
 
     run = {"forward": model.hidden_states, "prefill": lambda *a: prefill(*a, 16), "decode": decode}[stage]

@@ -139,14 +139,25 @@ def rows_of(seed: int) -> list[Example]:
     return [example(parts, 10 * seed + i) for i, parts in enumerate(ROWS)]
 
 
+TAIL = 8
+"""Tokens that a cache has room for behind its prompts."""
+
 QUICK = {"xla_backend_optimization_level": 0}
 """Halves the time of compiling; for programs whose bits are not compared with another program's."""
 quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 hidden = jax.jit(model.hidden_states, static_argnames="spec")
-prefill = jax.jit(cache.prefill, static_argnames=("spec", "size"))
+
+
+def prefill_and_fork(spec: Spec, base: Any, memory: Any, batch: Any, size: int) -> Any:
+    """States of the last tokens [B, D], and a cache that is ready to decode one continuation per prompt."""
+    states, kept = cache.prefill(spec, base, memory, batch, size)
+    return states, cache.fork(kept, 1, TAIL)
+
+
+prefill = jax.jit(prefill_and_fork, static_argnames=("spec", "size"))
 quick_hidden = quick(model.hidden_states, static_argnames="spec")
-quick_prefill = quick(cache.prefill, static_argnames=("spec", "size"))
+quick_prefill = quick(prefill_and_fork, static_argnames=("spec", "size"))
 extend = quick(cache.extend, static_argnames="spec")
 read_prompt = quick(model.read_prompt, static_argnames="spec")
 
@@ -161,7 +172,8 @@ def decode_step(spec: Spec, base: Any, memory: Any, kept: Any, tokens: Any, acti
     """One token per row through the cache."""
     layers = decoder.unstack(base["layers"], spec.backbone.text.layers)
     angle_of = functools.partial(qwen3_vl.rotary_angles, spec.backbone)
-    return cache.step(spec, base, layers, memory, kept, tokens, active, angle_of)
+    states, kept = cache.step(spec, base, layers, memory, kept, tokens[:, None], active[:, None], angle_of)
+    return states[:, 0], kept
 
 
 decode = jax.jit(decode_step, static_argnames="spec")
