@@ -20,10 +20,11 @@ from jaxmem.backbones.decoder import Observe, Stream
 from jaxmem.backbones.layers import Look, rms_normalise
 from jaxmem.backbones.ports import Ports
 from jaxmem.backbones.registry import backbone
+from jaxmem.memory.mlp_branch import MLPConfig
 from jaxmem.memory.pvm import PVMConfig
 from jaxmem.memory.registry import memory as memory_module
 
-MemoryConfig = PVMConfig
+MemoryConfig = PVMConfig | MLPConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,12 +147,11 @@ def continuation_states(
     *,
     remat: bool = False,
     backward_from: int = 0,
-    dropout: Array | None = None,
 ) -> Array:
     """The states that predict the tokens of G continuations per prompt, of which each prompt is computed once.
 
     Args:
-      spec, base, memory, remat, backward_from, dropout: as in `hidden_states`.
+      spec, base, memory, remat, backward_from: as in `hidden_states`.
       batch: prompts [B, T], padded on either side.
       tokens: [B, G, N] int32.
       lengths: [B, G] int32; tokens behind them are not looked at.
@@ -163,7 +163,7 @@ def continuation_states(
     trunk = batch.tokens.shape[1]
     look = lambda stream: decoder.branching(stream, trunk, group)  # noqa: E731
     extended = _continued(batch, tokens, lengths)
-    states, _ = _forward(spec, base, memory, extended, look, remat, backward_from, dropout)
+    states, _ = _forward(spec, base, memory, extended, look, remat, backward_from, None)
     index = last_places(batch)[:, None, None]
     first = jnp.take_along_axis(states, index, axis=1)[:, None]
     later = states[:, trunk:].reshape(rows, group, new, -1)[:, :, :-1]

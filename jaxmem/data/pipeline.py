@@ -27,10 +27,12 @@ class Rows:
     Attributes:
       batch: [G, ...] numpy arrays. Rows that only fill the batch up have no supervised token.
       names: of the G' <= G records that are really in it.
+      examples: those records, encoded.
     """
 
     batch: Batch
     names: tuple[str, ...]
+    examples: tuple[Any, ...] = ()
 
 
 class Rejections:
@@ -87,6 +89,7 @@ class Pipeline:
       rejections: keeps the account of unusable records; None stops at the first.
       threads: that encode ahead; 0 encodes in the loop.
       prefetch: batches that may wait, encoded.
+      supervised: reject rows without any supervised token; False for prompts.
     """
 
     source: Sequence[Any]
@@ -98,6 +101,7 @@ class Pipeline:
     rejections: Rejections | None = None
     threads: int = 2
     prefetch: int = 8
+    supervised: bool = True
 
     def __post_init__(self) -> None:
         if not len(self.source):
@@ -144,10 +148,11 @@ class Pipeline:
                 self._reject(index, error)
         batch = self._assembled(usable)
         supervised = np.sum(np.asarray(batch.loss_mask)[:, 1:], axis=1)
+        supervised = supervised if self.supervised else np.ones(len(supervised))
         for index, weight in zip(list(usable), supervised.tolist(), strict=False):
             if not weight:
                 self._reject(index, "no token of it is supervised (it needs an assistant message with text)")
-        return Rows(batch, tuple(name_of(self.source, index) for index in usable))
+        return Rows(batch, tuple(name_of(self.source, index) for index in usable), tuple(usable.values()))
 
     def _assembled(self, usable: dict[int, Any]) -> Batch:
         """The batch of the usable examples; those that cannot be assembled are rejected and leave `usable`."""

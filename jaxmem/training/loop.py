@@ -27,11 +27,13 @@ from jaxmem.checkpoints.native import CheckpointStore
 from jaxmem.data.pipeline import Pipeline, Rows, blind_rows
 from jaxmem.distributed.mesh import BATCH
 from jaxmem.errors import CheckpointError, ConfigError, JaxmemError
+from jaxmem.training.descent import Metrics, TrainState
 from jaxmem.training.metrics import Display, MetricLog, read, truncate
-from jaxmem.training.sft import Metrics, TrainState
 from jaxmem.training.trees import Tree
 
 SKIPPED = "skipped.jsonl"
+SAMPLES, EVENTS = "samples.jsonl", "events.jsonl"
+Step = Callable[[TrainState, Rows, int], tuple[TrainState, Metrics]]
 
 
 class NonFiniteError(JaxmemError):
@@ -98,23 +100,46 @@ class Job:
 
     Attributes:
       config: how the run proceeds.
-      steps: optimizer steps in all.
-      seed: of the blindfolds.
-      step: compiled step(state, frozen, batches [A, B, ...]) -> (state, metrics).
+      steps: steps in all.
+      step: one step of whatever kind: step(state, rows, number of steps done before) -> (state, metrics).
       frozen: the tree that does not train.
       data: the training batches.
       evaluate: state -> metrics named "eval/...", or None.
       mesh: devices; None is the default device.
+      evaluate_first: evaluate in front of the first step too.
     """
 
     config: LoopConfig
     steps: int
-    seed: int
-    step: Callable[[TrainState, Tree, Batch], tuple[TrainState, Metrics]]
+    step: Step
     frozen: Tree
     data: Pipeline
     evaluate: Callable[[TrainState], dict[str, float]] | None = None
     mesh: Mesh | None = None
+    evaluate_first: bool = False
+
+
+def supervised(
+    step: Callable[[TrainState, Tree, Batch], tuple[TrainState, Metrics]],
+    frozen: Tree,
+    config: LoopConfig,
+    seed: int,
+    mesh: Mesh | None = None,
+) -> Step:
+    """The compiled step of `sft.make_train_step` as a step of the loop: blindfolds, microbatches and placing.
+
+    Args:
+      step: step(state, frozen, batches [A, B, ...]) -> (state, metrics).
+      frozen: the tree that does not train.
+      config: gives the microbatches and `p_block`.
+      seed: of the blindfolds.
+      mesh: devices.
+    """
+
+    def one(state: TrainState, rows: Rows, done: int) -> tuple[TrainState, Metrics]:
+        return step(state, frozen, place(blinded(rows.batch, config, seed, done), config.accumulate, mesh))
+
+    return one
 
 
 def run(job: Job, state: TrainState, store: CheckpointStore, folder: str | Path) -> tuple[TrainState, dict[str, float]]:
@@ -136,7 +161,8 @@ def run(job: Job, state: TrainState, store: CheckpointStore, folder: str | Path)
     """
     state, skipped = resume(job, state, store)
     start = int(state.step)
-    truncate(Path(folder) / SKIPPED, start)
+    for name in (SKIPPED, SAMPLES, EVENTS):
+        truncate(Path(folder) / name, start)
     with (
         MetricLog(folder, start, tensorboard=job.config.tensorboard) as log,
         Display(start, job.steps, job.config.progress) as display,
@@ -145,8 +171,10 @@ def run(job: Job, state: TrainState, store: CheckpointStore, folder: str | Path)
         if start:
             display.say(f"resuming after step {start} of {job.steps}")
         recorder = _Recorder(job, log, display, Path(folder), skipped)
+        if job.evaluate is not None and job.evaluate_first and not start:
+            recorder.evaluated(0, job.evaluate(state))
         for done, wait, rows in _timed(job.data.steps(start, job.steps), start):
-            state, metrics = job.step(state, job.frozen, place(_blinded(job, rows, done), job.config, job.mesh))
+            state, metrics = job.step(state, rows, done)
             recorder.take(done + 1, rows.names, metrics, wait)
             _after_step(job, state, done + 1, store, recorder, signals)
         recorder.flush()
@@ -211,21 +239,20 @@ def _timed(rows: Iterator[Rows], start: int) -> Iterator[tuple[int, float, Rows]
         yield done, time.perf_counter() - began, batch
 
 
-def _blinded(job: Job, rows: Rows, done: int) -> Batch:
-    """The batch with the blindfolds of this step."""
-    if not job.config.p_block:
-        return rows.batch
-    blind = blind_rows(job.seed, done, len(rows.batch.tokens), job.config.p_block)
-    return dataclasses.replace(rows.batch, blind=blind)
+def blinded(batch: Batch, config: LoopConfig, seed: int, done: int) -> Batch:
+    """The batch with the blindfolds of the step that follows on `done` steps."""
+    if not config.p_block:
+        return batch
+    return dataclasses.replace(batch, blind=blind_rows(seed, done, len(batch.tokens), config.p_block))
 
 
-def place(batch: Batch, config: LoopConfig, mesh: Mesh | None) -> Batch:
-    """[G, ...] on the host -> [A, G / A, ...] on the devices, rows over the mesh's data axes."""
-    stacked = jax.tree.map(lambda leaf: np.asarray(leaf).reshape(config.accumulate, -1, *leaf.shape[1:]), batch)
+def place(batch: Any, parts: int, mesh: Mesh | None) -> Any:
+    """[G, ...] on the host -> [parts, G / parts, ...] on the devices, rows over the mesh's data axes."""
+    stacked = jax.tree.map(lambda leaf: np.asarray(leaf).reshape(parts, -1, *leaf.shape[1:]), batch)
     return put(stacked, None if mesh is None else NamedSharding(mesh, P(None, *BATCH)))
 
 
-def put(batch: Batch, sharding: NamedSharding | None) -> Batch:
+def put(batch: Any, sharding: NamedSharding | None) -> Any:
     """Host arrays to the devices; every process holds the whole batch and keeps its own part."""
     if sharding is None:
         return jax.tree.map(jnp.asarray, batch)

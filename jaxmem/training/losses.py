@@ -1,8 +1,9 @@
-"""Next-token cross-entropy whose logits never exist at once.
+"""Cross-entropy and log-probabilities of tokens whose logits never exist at once.
 
 A vocabulary of 150,000 makes `[B, T, V]` the largest array of a training step by far. Here the logits of a few
 positions at a time are made, used and thrown away, forwards and again backwards.
-Axis letters: B rows, T tokens, C tokens of one chunk, D model width, V vocabulary.
+Axis letters: B rows, T tokens (N where every token has a state of its own), C tokens of one chunk, D model width,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -66,6 +67,58 @@ def cross_entropy(
         return jax.tree.map(jnp.add, total, here), None
 
     return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), _nothing(), chunks)[0]
+
+
+def token_logprobs(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    tokens: jax.Array,
+    mask: jax.Array,
+    temperature: float = 1.0,
+    chunk: int = 2048,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of every token under softmax(logits / temperature), over the full vocabulary.
+
+    Args:
+      hidden: [B, N, D] float states in front of the tokens, after the final norm.
+      unembedding: [V, D] float.
+      tokens: [B, N] int32.
+      mask: [B, N] tokens that are wanted; a chunk without any costs nothing.
+      temperature: that of the sampling.
+      chunk: positions whose logits exist together, at least one per row.
+
+    Returns:
+      (log-probabilities, entropies of their distributions), both [B, N] float32 in nats and 0 outside the mask. The
+      entropies carry no gradient.
+
+    Raises:
+      ValueError: the shapes do not belong together.
+    """
+    rows, length, width = hidden.shape
+    if tokens.shape != (rows, length) or mask.shape != (rows, length) or unembedding.shape[1] != width:
+        raise ValueError(
+            f"hidden {hidden.shape}, unembedding {unembedding.shape}, tokens {tokens.shape} and mask {mask.shape}"
+            " should be [B, N, D], [V, D], [B, N] and [B, N]"
+        )
+    size = max(1, min(chunk // rows, length))
+    pieces = jax.tree.map(lambda leaf: _chunks(leaf, size), (hidden, tokens, mask > 0))
+
+    def score(hidden: jax.Array, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = jnp.einsum("bcd,vd->bcv", hidden, unembedding, preferred_element_type=jnp.float32) / temperature
+        total = jax.nn.logsumexp(logits, axis=-1)
+        here = jnp.arange(logits.shape[-1]) == tokens[..., None]
+        logprobs = jnp.sum(jnp.where(here, logits, 0.0), axis=-1) - total
+        free = jax.lax.stop_gradient(logits), jax.lax.stop_gradient(total)
+        entropy = free[1] - jnp.sum(jnp.exp(free[0] - free[1][..., None]) * free[0], axis=-1)
+        return jnp.where(mask, logprobs, 0.0), jnp.where(mask, entropy, 0.0)
+
+    def body(_: None, piece: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        nothing = jnp.zeros(piece[1].shape, jnp.float32)
+        return None, jax.lax.cond(jnp.any(piece[2]), lambda: score(*piece), lambda: (nothing, nothing))
+
+    _, found = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), None, pieces)
+    together = lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(rows, -1)[:, :length]  # noqa: E731
+    return together(found[0]), together(found[1])
 
 
 def _next(leaf: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from typing import Any
 
 LINES = "metrics.jsonl"
 BOARD = "tensorboard"
+_SHOWN = ("reward", "reward_std", "completions/mean_length", "loss", "accuracy")
 
 
 class MetricLog:
@@ -111,7 +112,8 @@ class Display:
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Shows the metrics of a step."""
-        text = f"loss {values['loss']:.4f}  accuracy {values['accuracy']:.3f}  lr {values['lr']:.2e}"
+        shown = {name: values[name] for name in _SHOWN if name in values}
+        text = "  ".join(f"{name} {value:.3f}" for name, value in shown.items()) + f"  lr {values['lr']:.2e}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
         elif step % self._every == 0 or step == self._steps:

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning as pure functions: the state, one optimizer step, one evaluation.
+"""Supervised fine-tuning as pure functions: one optimizer step, one evaluation.
 
 Gradients are taken of the trainable tree only; the frozen tree is a plain argument, so neither a gradient nor any
 optimizer state of it exists. Axis letters: A accumulated microbatches, B rows of one, T tokens.
@@ -6,48 +6,23 @@ optimizer state of it exists. Axis letters: A accumulated microbatches, B rows o
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxmem import model
 from jaxmem.backbones.batch import Batch
-from jaxmem.training import optimizer, trees
+from jaxmem.training import descent, optimizer, trees
+from jaxmem.training.descent import Metrics, TrainState
 from jaxmem.training.losses import TokenLoss, cross_entropy
 from jaxmem.training.optimizer import OptimizerConfig
 from jaxmem.training.trees import Tree
 
 Forward = Callable[[Tree, Batch, Any], tuple[jax.Array, jax.Array]]
 """forward({"base", "memory"}, batch, dropout key or None) -> hidden [B, T, D], unembedding [V, D]."""
-Metrics = dict[str, Any]
-
-
-@flax.struct.dataclass
-class TrainState:
-    """Everything that changes from step to step, and all that a checkpoint must hold beside the data position.
-
-    Attributes:
-      step: int32 scalar, batches consumed, skipped ones included.
-      trainable: nested dict of the parameters that train.
-      opt_state: optax state of exactly those parameters.
-      key: random key of the run; a step derives its own from it and `step`.
-    """
-
-    step: jax.Array
-    trainable: Tree
-    opt_state: Any
-    key: jax.Array
-
-
-def init_state(config: OptimizerConfig, trainable: Tree, seed: int) -> TrainState:
-    """The state in front of the first step; the parameters are float32 copies, whatever the dtype they came in."""
-    trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trainable)
-    opt_state = optimizer.transformation(config, trainable).init(trainable)
-    return TrainState(jnp.int32(0), trainable, opt_state, jax.random.key(seed))
 
 
 def model_forward(spec: model.Spec, trainable: Tree, *, remat: bool = True, base_dtype: Any = None) -> Forward:
@@ -58,15 +33,12 @@ def model_forward(spec: model.Spec, trainable: Tree, *, remat: bool = True, base
       trainable: which leaves train (arrays or shapes): where only memories do, no backward pass runs below the first
         layer that a memory touches.
       remat: recompute decoder layers in the backward pass.
-      base_dtype: backbone weights compute in this dtype, those that train too (their float32 originals stay with the
-        optimizer); None leaves every leaf as it is.
+      base_dtype: see `descent.computing`.
     """
     backward_from = 0 if "base" in trainable else spec.first_port_layer
 
     def forward(tree: Tree, batch: Batch, dropout: Any) -> tuple[jax.Array, jax.Array]:
-        base, memory = tree["base"], tree.get("memory", {})
-        if base_dtype is not None:
-            base = jax.tree.map(lambda leaf: leaf.astype(base_dtype), base)
+        base, memory = descent.computing(tree, base_dtype)
         states = model.hidden_states(
             spec, base, memory, batch, remat=remat, backward_from=backward_from, dropout=dropout
         )
@@ -101,23 +73,11 @@ def accumulate(
       distribution of supervised tokens over microbatches.
     """
 
-    def loss(params: Tree, batch: Batch, dropout: jax.Array) -> tuple[jax.Array, TokenLoss]:
+    def loss(params: Tree, batch: Batch, dropout: jax.Array) -> tuple[jax.Array, tuple[TokenLoss, None]]:
         total = token_loss(forward, params, frozen, batch, dropout, chunk)
-        return total.nll, total
+        return total.nll, (total, None)
 
-    def one(batch: Batch, dropout: jax.Array) -> tuple[Tree, TokenLoss]:
-        return jax.grad(loss, has_aux=True)(trainable, batch, dropout)
-
-    keys = jax.random.split(key, batches.tokens.shape[0])
-    first = jax.tree.map(lambda leaf: leaf[0], (batches, keys))
-    if batches.tokens.shape[0] == 1:
-        return one(*first)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, *first))
-
-    def body(total: Any, microbatch: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, one(*microbatch)), None
-
-    return jax.lax.scan(body, zeros, (batches, keys))[0]
+    return descent.accumulate(loss, trainable, batches, key)[:2]
 
 
 def make_train_step(
@@ -149,17 +109,9 @@ def make_train_step(
     def step(state: TrainState, frozen: Tree, batches: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         summed, total = accumulate(forward, state.trainable, frozen, batches, key, chunk)
-        weight = jnp.where(total.weight > 0, total.weight, 1.0)
-        grads = jax.tree.map(lambda leaf: leaf / weight, summed)
-        norm, lr = optax.tree.norm(grads), rate(state.step)
-        good = jnp.isfinite(total.nll) & jnp.isfinite(norm) & (total.weight > 0)
-        updates, opt_state = transform.update(grads, state.opt_state, state.trainable)
-        updated = jax.tree.map(lambda leaf, update: leaf - lr * update, state.trainable, updates)
-        keep = lambda new, old: jnp.where(good, new, old)  # noqa: E731
-        trainable = jax.tree.map(keep, updated, state.trainable)
-        opt_state = jax.tree.map(keep, opt_state, state.opt_state)
-        state = TrainState(state.step + 1, trainable, opt_state, state.key)
-        metrics = {**_summary(total), "grad_norm": norm, "lr": lr, "skipped": ~good}
+        state, about = descent.descend(transform, rate(state.step), state, summed, total.nll, total.weight)
+        state = dataclasses.replace(state, step=state.step + 1)
+        metrics = {**_summary(total), "grad_norm": about["grad_norm"], "lr": about["lr"], "skipped": ~about["updated"]}
         return state, {**metrics, **report(state.trainable)}
 
     return jax.jit(step, donate_argnums=0)

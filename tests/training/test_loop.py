@@ -13,7 +13,7 @@ from jaxmem.checkpoints.native import CheckpointStore
 from jaxmem.data.pipeline import Pipeline
 from jaxmem.distributed.mesh import make_mesh
 from jaxmem.errors import CheckpointError, ConfigError
-from jaxmem.training import loop, metrics, sft, trees
+from jaxmem.training import descent, loop, metrics, sft, trees
 from jaxmem.training.loop import Job, LoopConfig
 from jaxmem.training.optimizer import OptimizerConfig
 from tests.training.tiny_run import VOCAB, assemble, encode
@@ -53,12 +53,13 @@ def job(records=RECORDS, steps=STEPS, step=STEP, mesh=None, **settings):
         batches = [jax.tree.map(jnp.asarray, rows.batch) for rows in data.epoch()]
         return {f"eval/{k}": v for k, v in sft.evaluate(EVAL, state.trainable, FROZEN, batches).items()}
 
-    return Job(LoopConfig(**settings), steps, 7, step, FROZEN, data, evaluate, mesh)
+    config = LoopConfig(**settings)
+    return Job(config, steps, loop.supervised(step, FROZEN, config, 7, mesh), FROZEN, data, evaluate, mesh)
 
 
 def start(folder, work, run="this run"):
     with CheckpointStore(folder / "checkpoints", {"run": run}, every=work.config.checkpoint_every) as store:
-        return loop.run(work, sft.init_state(CONFIG, TRAINABLE, 1), store, folder)
+        return loop.run(work, descent.init_state(CONFIG, TRAINABLE, 1), store, folder)
 
 
 def same(one, other):
@@ -182,7 +183,7 @@ def test_eight_devices_give_the_same_run(undisturbed, tmp_path):
     assert len(state.trainable["memory"]["m"].sharding.device_set) == 2
     np.testing.assert_allclose(state.trainable["memory"]["m"], undisturbed[1].trainable["memory"]["m"], atol=1e-5)
     with CheckpointStore(tmp_path / "checkpoints", {"run": "this run"}) as store:
-        restored, _ = loop.resume(job(mesh=make_mesh(data=2)), sft.init_state(CONFIG, TRAINABLE, 1), store)
+        restored, _ = loop.resume(job(mesh=make_mesh(data=2)), descent.init_state(CONFIG, TRAINABLE, 1), store)
     same(state, restored)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from jaxmem import model
 from jaxmem.backbones import qwen3_vl
-from jaxmem.training import sft, trees
+from jaxmem.training import descent, sft, trees
 from jaxmem.training.optimizer import OptimizerConfig
 from tests.training.tiny_run import SPEC, opened, tree, visual_batch
 
@@ -58,7 +58,7 @@ def test_check_14_first_step_moves_gates_only_then_everything_has_a_gradient(mem
     batches = stacked(visual_batch(rows=4, seed=2), 1)
     for path, leaf in trees.leaves(memory_only.gradient(memory_only.trainable, batches)[0]):
         assert np.any(leaf) == path.endswith("gate_alpha"), path
-    state, _ = memory_only.step(sft.init_state(CONFIG, memory_only.trainable, 0), memory_only.frozen, batches)
+    state, _ = memory_only.step(descent.init_state(CONFIG, memory_only.trainable, 0), memory_only.frozen, batches)
     for path, leaf in trees.leaves(memory_only.gradient(state.trainable, batches)[0]):
         assert np.any(leaf), path
 
@@ -66,7 +66,7 @@ def test_check_14_first_step_moves_gates_only_then_everything_has_a_gradient(mem
 def test_check_16_only_the_memory_trains(memory_only):
     before = jax.tree.map(np.array, memory_only.frozen)
     start = jax.tree.map(np.array, memory_only.trainable)
-    state = sft.init_state(CONFIG, memory_only.trainable, 0)
+    state = descent.init_state(CONFIG, memory_only.trainable, 0)
     losses = []
     for _ in range(4):
         state, metrics = memory_only.step(state, memory_only.frozen, stacked(visual_batch(rows=4, seed=3), 1))
@@ -83,7 +83,7 @@ def test_check_17_everything_but_the_visual_tower(memory_only):
     trainable = opened(trainable)
     start = jax.tree.map(np.array, trainable)
     step = sft.make_train_step(sft.model_forward(SPEC, trainable), OptimizerConfig(warmup_ratio=0.0), STEPS, trainable)
-    state, _ = step(sft.init_state(CONFIG, trainable, 0), frozen, stacked(visual_batch(rows=4, seed=3), 1))
+    state, _ = step(descent.init_state(CONFIG, trainable, 0), frozen, stacked(visual_batch(rows=4, seed=3), 1))
     for (path, old), (_, new) in zip(trees.leaves(start), trees.leaves(state.trainable), strict=True):
         assert not path.startswith("base/visual") and np.any(old != new), path
     assert list(frozen) == ["base"] and list(frozen["base"]) == ["visual"]
@@ -91,7 +91,7 @@ def test_check_17_everything_but_the_visual_tower(memory_only):
 
 def test_metrics_name_gates_and_count_supervised_tokens(memory_only):
     batch = visual_batch(rows=4, seed=4)
-    state = sft.init_state(CONFIG, memory_only.trainable, 0)
+    state = descent.init_state(CONFIG, memory_only.trainable, 0)
     state, metrics = memory_only.step(state, memory_only.frozen, stacked(batch, 1))
     hidden = model.hidden_states(SPEC, tree()["base"], tree()["memory"], batch)
     scores = np.array(model.logits(SPEC, tree()["base"], hidden), np.float64)[:, :-1]
@@ -113,7 +113,7 @@ def test_a_bad_batch_changes_nothing_but_the_step(memory_only, fault):
         batch = batch.replace(patches=batch.patches.at[0, 0, 0].set(jnp.nan))
     else:
         batch = batch.replace(loss_mask=jnp.zeros_like(batch.loss_mask))
-    state = sft.init_state(CONFIG, memory_only.trainable, 0)
+    state = descent.init_state(CONFIG, memory_only.trainable, 0)
     before = jax.tree.map(np.array, (state.trainable, state.opt_state))
     state, metrics = memory_only.step(state, memory_only.frozen, stacked(batch, 1))
     assert bool(metrics["skipped"]) and int(state.step) == 1
@@ -126,7 +126,7 @@ def test_bf16_backbone_trains_float32_originals():
     spec = dataclasses.replace(SPEC, memories=())
     forward = sft.model_forward(spec, trainable, base_dtype=jnp.bfloat16)
     config = OptimizerConfig(warmup_ratio=0.0, learning_rate=1e-5)
-    state = sft.init_state(config, trainable, 0)
+    state = descent.init_state(config, trainable, 0)
     step = sft.make_train_step(forward, config, STEPS, trainable)
     first = np.array(state.trainable["base"]["norm"]["scale"])
     state, metrics = step(state, frozen, stacked(visual_batch(rows=2, seed=6), 1))
