@@ -31,12 +31,15 @@ BASE = [
 ]
 
 DIGITS = ["scikit-learn>=1.5"]  # load_digits: the handwriting of the quickstart
+MATH = ["math-verify>=0.9,<0.10"]  # judges mathematics; 0.9 is the version whose readings are tested
 TORCH = ["torch>=2.6"]
 NOTEBOOK = ["ipykernel>=6.29", "matplotlib>=3.9"]
 
 EXTRAS = {
     "digits": DIGITS,
+    "math": MATH,
     "torch": TORCH,
+    "bench": [*TORCH, "trl>=1.16,<2"],  # the peers of `jaxmem bench`
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
@@ -44,12 +47,14 @@ EXTRAS = {
     "notebook": DIGITS + NOTEBOOK,
     "test": [
         *DIGITS,
+        *MATH,
         *NOTEBOOK,
         "pytest>=8.3",
         "chex>=0.1.90",
         "nbformat>=5.10",
         "nbclient>=0.10",
         "torch==2.13.0",  # the oracle of the parity tests: one version, so that its numbers do not drift
+        "trl==1.16.0",  # the oracle of the policy losses and advantages; likewise
     ],
     "lint": ["ruff==0.17.5", "pyrefly==1.4.1"],  # exact: a newer linter must not turn an unchanged tree red
 }

@@ -13,11 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxmem import config as configs
 from jaxmem import model as functions
+from jaxmem.adapters import lora
+from jaxmem.adapters.lora import LoRAConfig
 from jaxmem.assets import TINY
 from jaxmem.backbones import registry
 from jaxmem.backbones.batch import Array, Batch
-from jaxmem.checkpoints import huggingface
+from jaxmem.checkpoints import huggingface, peft
 from jaxmem.data.batching import Buckets, collate
 from jaxmem.data.processor import Processor, load_processor
 from jaxmem.errors import ConfigError
@@ -98,6 +101,31 @@ class Model:
             raise ConfigError(f"the model already has a memory {config.name!r}; attach to a fresh model instead")
         spec = dataclasses.replace(self.spec, memories=(*self.spec.memories, config))
         return dataclasses.replace(self, spec=spec, memory={**self.memory, config.name: params})
+
+    def attach_lora(self, *, key: Array | None = None, **settings: Any) -> Model:
+        """The model with LoRA factors beside kernels of its decoder, which start as no change.
+
+        Args:
+          key: random key of the factors.
+          **settings: of `jaxmem.adapters.lora.LoRAConfig` (rank, alpha, targets, layers).
+
+        Raises:
+          ConfigError: unknown settings, targets or layers, or a model that has factors already.
+        """
+        config = configs.build(LoRAConfig, settings, "lora")
+        return dataclasses.replace(self, base=lora.attach(jax.random.key(0) if key is None else key, config, self.base))
+
+    def restore_lora(self, folder: str | Path) -> Model:
+        """The model with the LoRA factors of a PEFT folder; CheckpointError when they do not fit."""
+        return dataclasses.replace(self, base=peft.load_adapter(folder, self.base, self.spec.backbone))
+
+    def save_lora(self, folder: str | Path) -> None:
+        """Writes the LoRA factors (not the backbone) to a folder that PEFT and `restore_lora` read."""
+        peft.save_adapter(folder, self.base, self.spec.backbone, str(self.folder))
+
+    def merge_lora(self) -> Model:
+        """The model with its LoRA factors added into plain weights."""
+        return dataclasses.replace(self, base=lora.merge(self.base))
 
     def without_memory(self) -> Model:
         """The bare backbone, for comparison."""

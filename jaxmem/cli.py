@@ -86,6 +86,17 @@ VERBS: Mapping[str, Verb] = {
         ),
         example='jaxmem generate --image=board.png --prompt="Which digit is in row 1, column 2?"',
     ),
+    "reward": Verb(
+        "jaxmem.training.rewards.cli:main",
+        "show what reward functions give for the completions of a JSON-lines file",
+        (
+            Flag("function", "texts", [], "a built-in, package.module:function, or a JSON object; repeat for several"),
+            Flag("timeout", "float", 10.0, "seconds that verifying one completion may take"),
+            _JSON,
+        ),
+        argument="FILE",
+        example="jaxmem reward completions.jsonl --function=pvm --function=math",
+    ),
     "bench": Verb(
         "jaxmem.bench.run:main",
         "measure jaxmem against its peer in one run",

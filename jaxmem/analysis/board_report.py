@@ -14,7 +14,8 @@ from jaxmem.analysis import report as html
 from jaxmem.analysis.report import Charts, Report, Sample, Table
 from jaxmem.analysis.svg import Axis, Line, line_chart
 from jaxmem.api import Model
-from jaxmem.evaluation.boards import BoardTest, Reading
+from jaxmem.evaluation.boards import Reading
+from jaxmem.evaluation.conditions import BoardTest, Condition
 
 _OFF, _ON = 1, 0  # colours of svg.COLOURS: orange without, blue with memory
 Readings = Sequence[Reading]
@@ -28,7 +29,7 @@ def results_table(off: Readings, on: Readings, notes: tuple[str, ...] = ()) -> T
         if a.blind and (not index or not off[index - 1].blind):
             rules.append(index)
         cells = [_share(r.read, r.read_error) for r in (a, b)] + [_share(r.exact, r.exact_error) for r in (a, b)]
-        rows.append((f"{a.k}{', image hidden*' if a.blind else ''}", *cells, " / ".join(f"{m:.3f}" for m in a.mass)))
+        rows.append((a.condition.label, *cells, " / ".join(f"{m:.3f}" for m in a.mass)))
     first = off[0]
     notes = (
         f"{first.boards} boards of unseen digits per row; ± is one standard error; chance is 0.10. Read: the digit is"
@@ -181,8 +182,8 @@ def _samples(test: BoardTest, shown: int, off: Readings, on: Readings) -> tuple[
 
 
 def _seeing(rows: Readings) -> list[Reading]:
-    """The results without blindfold (all, if there are no others)."""
-    return [row for row in rows if not row.blind] or list(rows)
+    """The results without blindfold or moved positions (all, if there are no others)."""
+    return [row for row in rows if row.condition == Condition(row.k)] or list(rows)
 
 
 def _share(value: float, error: float) -> str:

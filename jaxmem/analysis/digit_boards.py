@@ -223,5 +223,5 @@ def _digest(tree: Any) -> str:
 
 def _reading(row: dict[str, Any]) -> Reading:
     """A Reading from its JSON form."""
-    fields: dict[str, Any] = {**row, "mass": tuple(row["mass"]), "answers": tuple(row["answers"])}
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
     return Reading(**fields)

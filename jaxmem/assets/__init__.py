@@ -6,3 +6,5 @@ from pathlib import Path
 
 TINY = Path(__file__).parent / "tiny-qwen3-vl"
 """The embedded default: a Hugging Face folder (see its README.md)."""
+TINY_PVM = Path(__file__).parent / "tiny-pvm"
+"""A PVM for that backbone, as `configs/digits_quickstart.py` leaves it: where the digit boards' GRPO starts."""

@@ -14,7 +14,11 @@ from typing import Any
 
 from jaxmem import config as configs
 
-BENCHES: Mapping[str, str] = {"compile": "jaxmem.bench.compiling", "decode": "jaxmem.bench.decoding"}
+BENCHES: Mapping[str, str] = {
+    "compile": "jaxmem.bench.compiling",
+    "decode": "jaxmem.bench.decoding",
+    "grpo": "jaxmem.bench.rollouts",
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxmem.backbones import registry
 from jaxmem.backbones.config import BackboneConfig
-from jaxmem.checkpoints import pvm_names, qwen3_vl_names
+from jaxmem.checkpoints import mlp_names, pvm_names, qwen3_vl_names
 from jaxmem.checkpoints.identity import backbone_identity, differences, memory_identity
 from jaxmem.checkpoints.table import Table, View, expected, flatten, unflatten, write_tree
 from jaxmem.checkpoints.weights import (
@@ -32,7 +32,7 @@ from jaxmem.checkpoints.weights import (
 from jaxmem.errors import CheckpointError, ConfigError
 
 BACKBONE_TABLES = {qwen3_vl_names.MODEL_TYPE: qwen3_vl_names}  # modules with `table` and `repeated`
-MEMORY_TABLES: dict[str, Callable[[Any], Table]] = {pvm_names.NAME: pvm_names.table}
+MEMORY_TABLES: dict[str, Callable[[Any], Table]] = {pvm_names.NAME: pvm_names.table, mlp_names.NAME: mlp_names.table}
 MEMORY_WEIGHTS, MEMORY_CONFIG = "memory.safetensors", "memory.json"
 SHARD_SIZE = 5_000_000_000
 

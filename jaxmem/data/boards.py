@@ -285,18 +285,38 @@ class Score:
     exact: float
 
 
+def answer_reads(text: str, board: Board) -> tuple[bool, ...]:
+    """Which questions free text reads right: its i-th "cell digit = sum" against the i-th question.
+
+    A wrong cell or a missing entry counts as not read.
+    """
+    wanted = [(CELLS[cell], str(digit)) for cell, digit in zip(board.cells, board.digits, strict=True)]
+    right = [entry[:2] == want for entry, want in zip(_entries(text), wanted, strict=False)]
+    return (*right, *[False] * (len(wanted) - len(right)))
+
+
+def named_reads(text: str, board: Board) -> tuple[bool, ...]:
+    """Which entries of free text give the digit that the cell which they name shows, whether it was asked for or not.
+
+    This is seeing apart from following the question: a text that loses its place names wrong cells, but may see them.
+    """
+    return tuple(board.grid[CELLS.index(cell)] == int(digit) for cell, digit, _ in _entries(text))
+
+
+def _entries(text: str) -> list[tuple[str, str, str]]:
+    """(cell, digit, sum) of every entry in front of the final sum."""
+    return _READ.findall(text.strip().partition("#")[0])
+
+
 def score_answer(text: str, board: Board) -> Score:
     """Scores free text against one board.
 
-    `read` compares the i-th "cell digit = sum" of the text with the i-th question; a wrong cell or a missing entry
-    counts as not read. `exact` wants the right number of entries, the right final sum, and nothing after it.
+    `read` is the share of `answer_reads`. `exact` wants the right number of entries, the right final sum, and nothing
+    after it.
     """
-    body, _, final = text.strip().partition("#")
-    entries = _READ.findall(body)
-    wanted = [(CELLS[cell], str(digit)) for cell, digit in zip(board.cells, board.digits, strict=True)]
-    right = sum(entry[:2] == want for entry, want in zip(entries, wanted, strict=False))
-    exact = len(entries) == len(wanted) and final == str(board.sums[-1])
-    return Score(read=right / len(wanted), exact=float(exact))
+    right, final = answer_reads(text, board), text.strip().partition("#")[2]
+    exact = len(_entries(text)) == len(right) and final == str(board.sums[-1])
+    return Score(read=sum(right) / len(right), exact=float(exact))
 
 
 def score_tokens(predicted: np.ndarray, tokens: np.ndarray, loss_mask: np.ndarray, ids: BoardTokens) -> Score:

@@ -21,6 +21,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers/attention/o/kernel", P(None, "tensor", "fsdp")),
     (r"layers/ffn/(gate|up)/kernel", P(None, "fsdp", "tensor")),
     (r"layers/ffn/down/kernel", P(None, "tensor", "fsdp")),
+    (r"layers/.*/lora_a", P(None, "fsdp", None)),
+    (r"layers/.*/lora_b", P(None, None, "fsdp")),
     (r"visual/blocks/(attention/qkv|mlp/fc1)/kernel", P(None, "fsdp", "tensor")),
     (r"visual/blocks/(attention/proj|mlp/fc2)/kernel", P(None, "tensor", "fsdp")),
     (r"visual/merger/fc1/kernel", P("fsdp", "tensor")),
@@ -30,8 +32,8 @@ RULES: tuple[tuple[str, P], ...] = (
     # PVM: the one key head of the large sizes cannot be cut, so its maps are cut over the width alone.
     (r"(text_reducer|vision_reducer)/kernel", P(None, "fsdp", None)),
     (r"output_expander/kernel", P(None, None, "fsdp")),
-    (r"pvm/mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),
-    (r"pvm/mlp/down/kernel", P(None, "tensor", "fsdp")),
+    (r"(pvm|mlp)/mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),
+    (r"(pvm|mlp)/mlp/down/kernel", P(None, "tensor", "fsdp")),
 )
 BATCH = P(("data", "fsdp"))
 

@@ -3,14 +3,13 @@
 Reading and answering are measured apart, because a visual memory repairs seeing and nothing else: `read` is the share
 of digits that are the most likely token where they stand in the true answer (teacher forcing), `exact` the share of
 boards whose final answer is right when the model writes freely and greedily.
-Axis letters: B boards of a batch, R reads of a board, T tokens, L decoder layers.
+Axis letters: B boards of a batch, R reads of a board, A tokens of an answer, T tokens, L decoder layers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,79 +22,18 @@ from jaxmem.api import Model
 from jaxmem.backbones.batch import Array, Batch
 from jaxmem.backbones.decoder import Observe
 from jaxmem.data.batching import Buckets, collate
-from jaxmem.data.boards import Board, BoardDataset, BoardTokens, board_tokens, digit_reads, score_answer
+from jaxmem.data.boards import Board, BoardTokens, board_tokens, digit_reads
 from jaxmem.data.example import Example
 from jaxmem.data.processor import Processor
 from jaxmem.errors import ConfigError
+from jaxmem.evaluation.conditions import BoardTest, Condition
+from jaxmem.evaluation.reading import Reading, Taken, summarise
 from jaxmem.model import Spec, logits, observed
 from jaxmem.sampling.generate import generate
 
 Look = Callable[[Array, Array], Observe]
 """look(is_visual [B, T], places [B, R]) -> what to keep of each layer's attention, [B, R]."""
 _ROUND = 16  # token lengths are rounded up to multiples of this
-
-
-@dataclasses.dataclass(frozen=True)
-class BoardTest:
-    """What is evaluated.
-
-    Attributes:
-      k: numbers of words between image and question, one result each.
-      blind_k: numbers of words at which text also cannot see the image in the backbone (visual-key blocking).
-      boards: boards per result.
-      cells: cells asked for, R.
-      batch_size: boards that run together, B; every batch has this size.
-      seed: selects the boards.
-      split: "test" or "train" digits.
-    """
-
-    k: tuple[int, ...] = (0, 128, 256)
-    blind_k: tuple[int, ...] = ()
-    boards: int = 256
-    cells: int = 4
-    batch_size: int = 64
-    seed: int = 0
-    split: str = "test"
-
-    def __post_init__(self) -> None:
-        if self.boards < 1 or self.batch_size < 1 or not self.k + self.blind_k:
-            raise ConfigError("a board test needs boards, batch_size and the number of lengths k to be at least 1")
-
-    @property
-    def conditions(self) -> tuple[tuple[int, bool], ...]:
-        """(k, blind) of every result, in order."""
-        return (*((k, False) for k in self.k), *((k, True) for k in self.blind_k))
-
-    def dataset(self, k: int) -> BoardDataset:
-        """The boards at one length."""
-        return BoardDataset(self.split, self.seed, (k,), (self.cells,), size=self.boards)
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """The result at one length.
-
-    Attributes:
-      k: words between image and question.
-      blind: could the backbone's text not see the image?
-      boards: how many.
-      read, read_error: share of digits read, and its standard error over boards.
-      exact, exact_error: share of right final answers in free greedy writing, and its standard error.
-      mass: per decoder layer, what `look` saw at the tokens that predict a read, averaged; () without `look`.
-      answers: what the model wrote about each board.
-      seconds: wall time, compilation included.
-    """
-
-    k: int
-    blind: bool
-    boards: int
-    read: float
-    read_error: float
-    exact: float
-    exact_error: float
-    mass: tuple[float, ...]
-    answers: tuple[str, ...]
-    seconds: float
 
 
 def evaluate(
@@ -108,7 +46,9 @@ def evaluate(
     """Evaluates a model on digit boards.
 
     All boards of a length run in batches of one shape, and one decode loop serves all lengths, so that a test of three
-    lengths compiles seven programs, for any number of boards and any values of the weights.
+    lengths compiles seven programs, for any number of boards and any values of the weights. A model that finds every
+    token of the true answer the most likely one, given those before it, would write this answer greedily: only the
+    other boards are generated.
 
     Args:
       model: backbone, memories and processor; its tokenizer must have digits and cell names as single tokens.
@@ -120,33 +60,41 @@ def evaluate(
       One Reading per entry of `test.conditions`.
 
     Raises:
+      ConfigError: positions beyond those of the backbone.
       ValueError: the tokenizer splits a digit or a cell name.
     """
     ids = board_tokens(model.processor.tokenizer)
-    encoded = {k: _encode(model.processor, test.dataset(k)) for k in dict.fromkeys((*test.k, *test.blind_k))}
+    encoded = {k: _encode(model.processor, test.dataset(k)) for k in dict.fromkeys(c.k for c in test.conditions)}
     new, size = _room(encoded)
     options = model.sampler(max_new_tokens=new, cache_size=size)
     results = []
-    for k, blind in test.conditions:
+    for condition in test.conditions:
         began = time.perf_counter()
-        rows = [
-            _run(model, chunk, ids, test, blind, options, look, tick)
-            for chunk in _chunks(list(zip(test.dataset(k), encoded[k], strict=True)), test.batch_size)
-        ]
-        results.append(_reading(k, blind, rows, time.perf_counter() - began))
+        boards = _placed(model, condition, test.dataset(condition.k), encoded[condition.k])
+        for chunk in _chunks(boards, test.batch_size):
+            _force(model, chunk, ids, test, condition.blind, look)
+            tick(sum(one.answer is not None for one in chunk))
+        for chunk in _chunks([one for one in boards if one.answer is None], test.batch_size):
+            _write(model, chunk, test, condition.blind, options)
+            tick(len(chunk))
+        results.append(summarise(condition, boards, time.perf_counter() - began))
     return tuple(results)
-
-
-def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Mean and its standard error (sample standard deviation / sqrt(n); 0 for a single value)."""
-    values = np.asarray(values, np.float64)
-    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return float(values.mean()), float(error)
 
 
 def _encode(processor: Processor, boards: Sequence[Board]) -> list[Example]:
     """Question and answer of every board."""
     return [processor.encode(board.messages, where=f"board {i}") for i, board in enumerate(boards)]
+
+
+def _placed(model: Model, condition: Condition, boards: Sequence[Board], rows: list[Example]) -> list[Taken]:
+    """The boards with the positions of a condition."""
+    backbone = model.spec.backbone
+    place = lambda board, row: condition.place(row, board, model.processor, backbone.vision_end_token)  # noqa: E731
+    placed = [Taken(board, place(board, row)) for board, row in zip(boards, rows, strict=True)]
+    last, limit = max(int(one.row.positions.max()) for one in placed), backbone.text.max_positions
+    if last >= limit:
+        raise ConfigError(f"boards with {condition.label} reach position {last} of a backbone that has {limit}")
+    return placed
 
 
 def prompt_of(example: Example) -> Example:
@@ -181,55 +129,41 @@ def _collate(rows: list[Example], size: int, pad_token: int, blind: bool) -> Bat
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "look"))
-def _forced(spec: Spec, base: Any, memory: Any, batch: Batch, places: Array, look: Look | None) -> tuple[Array, Any]:
-    """The most likely token [B, R] right after `places` [B, R] of the true text, and what `look` saw there."""
-    observe = None if look is None else look(batch.is_visual, places)
+def _forced(
+    spec: Spec, base: Any, memory: Any, batch: Batch, places: Array, reads: Array, look: Look | None
+) -> tuple[Array, Any]:
+    """The most likely token [B, A] right after `places` [B, A] of the true text, and what `look` saw at `reads`."""
+    observe = None if look is None else look(batch.is_visual, reads)
     hidden, seen = observed(spec, base, memory, batch, observe)
     here = jnp.take_along_axis(hidden, places[..., None], axis=1)
-    return jnp.argmax(logits(spec, base, here), axis=-1), seen
+    best = jax.lax.map(lambda column: jnp.argmax(logits(spec, base, column), axis=-1), here.swapaxes(0, 1))
+    return best.swapaxes(0, 1), seen
 
 
-def _run(
-    model: Model,
-    pairs: list[tuple[Board, Example]],
-    ids: BoardTokens,
-    test: BoardTest,
-    blind: bool,
-    options: Any,
-    look: Look | None,
-    tick: Callable[[int], None],
-) -> dict[str, Any]:
-    """One batch: per board its share of reads, exactness, answer, and mass [boards, L]."""
-    boards, rows = zip(*pairs, strict=True)
-    pad, count = model.processor.pad_token, len(pairs)
-    whole = _collate(list(rows), test.batch_size, pad, blind)
-    reads = digit_reads(whole.tokens, whole.loss_mask, ids)
-    places = np.nonzero(reads)[1].reshape(test.batch_size, test.cells).astype(np.int32)
-    predicted, seen = _forced(model.spec, model.base, model.memory, whole, places - 1, look)
-    right = np.asarray(predicted) == np.take_along_axis(whole.tokens, places, axis=1)
-    prompts = _collate([prompt_of(row) for row in rows], test.batch_size, pad, blind)
+def _force(model: Model, chunk: list[Taken], ids: BoardTokens, test: BoardTest, blind: bool, look: Look | None) -> None:
+    """Reads by teacher forcing: fills in `read` [R] and `mass` [L], and the answer where every token of it is right."""
+    batch = _collate([one.row for one in chunk], test.batch_size, model.processor.pad_token, blind)
+    reads = np.nonzero(digit_reads(batch.tokens, batch.loss_mask, ids))[1].reshape(test.batch_size, test.cells)
+    places = _answer_places(batch.loss_mask)
+    before = (places - 1).astype(np.int32), (reads - 1).astype(np.int32)
+    predicted, seen = _forced(model.spec, model.base, model.memory, batch, *before, look)
+    right = np.asarray(predicted) == np.take_along_axis(batch.tokens, places, axis=1)
+    masses = np.zeros((len(chunk), 0)) if seen is None else np.asarray(seen).mean(axis=-1).T
+    for index, one in enumerate(chunk):
+        one.read, one.mass = right[index][np.isin(places[index], reads[index])], masses[index]
+        one.answer = one.board.answer if right[index].all() else None
+
+
+def _answer_places(loss_mask: np.ndarray) -> np.ndarray:
+    """[B, A] indices of the supervised tokens, in order; a row with fewer than the longest repeats its last one."""
+    rows = [np.flatnonzero(row > 0) for row in loss_mask]
+    length = max(map(len, rows))
+    return np.stack([np.pad(row, (0, length - len(row)), mode="edge") for row in rows])
+
+
+def _write(model: Model, chunk: list[Taken], test: BoardTest, blind: bool, options: Any) -> None:
+    """Fills in the answers that the model writes freely and greedily."""
+    prompts = _collate([prompt_of(one.row) for one in chunk], test.batch_size, model.processor.pad_token, blind)
     written = generate(model.spec, model.base, model.memory, prompts, options)
-    answers = [
-        model.processor.decode(tokens[:length])
-        for tokens, length in zip(written.tokens[:count], written.lengths[:count], strict=True)
-    ]
-    tick(count)
-    return {
-        "read": right.mean(axis=1)[:count],
-        "exact": np.array([score_answer(a, board).exact for a, board in zip(answers, boards, strict=True)]),
-        "answers": answers,
-        "mass": np.zeros((count, 0)) if seen is None else np.asarray(seen).mean(axis=-1).T[:count],
-    }
-
-
-def _reading(k: int, blind: bool, batches: list[dict[str, Any]], seconds: float) -> Reading:
-    """The result of all batches of one length."""
-    read, exact, mass = (np.concatenate([batch[name] for batch in batches]) for name in ("read", "exact", "mass"))
-    answers = tuple(answer for batch in batches for answer in batch["answers"])
-    return Reading(
-        k, blind, len(read), *mean_and_error(read), *mean_and_error(exact), _floats(mass.mean(axis=0)), answers, seconds
-    )
-
-
-def _floats(values: np.ndarray) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)
+    for one, tokens, length in zip(chunk, written.tokens, written.lengths, strict=False):
+        one.answer = model.processor.decode(tokens[:length])

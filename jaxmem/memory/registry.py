@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import ModuleType
 
 from jaxmem.errors import ConfigError
-from jaxmem.memory import pvm
+from jaxmem.memory import mlp_branch, pvm
 
-MEMORIES: dict[str, ModuleType] = {"pvm": pvm}
+MEMORIES: dict[str, ModuleType] = {"pvm": pvm, "mlp": mlp_branch}
 
 
 def memory(name: str) -> ModuleType:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from jaxmem import api
 from jaxmem import config as configs
+from jaxmem.adapters import lora
 from jaxmem.backbones import registry
 from jaxmem.checkpoints import huggingface
 from jaxmem.checkpoints.identity import run_identity
@@ -23,13 +24,15 @@ from jaxmem.checkpoints.weights import INDEX as WEIGHT_INDEX
 from jaxmem.data import records
 from jaxmem.data.pipeline import Pipeline, Rejections
 from jaxmem.distributed.mesh import batch_sharding, make_mesh, shardings
-from jaxmem.training import loop, record, sft, trees
+from jaxmem.errors import ConfigError
+from jaxmem.training import descent, grpo_job, loop, record, seeds, sft, trees
+from jaxmem.training.descent import TrainState
 from jaxmem.training.encoding import encoders, open_source
 from jaxmem.training.loop import Job
 from jaxmem.training.settings import DataConfig, MeshConfig, TrainConfig
 from jaxmem.training.trees import Tree
 
-CHECKPOINTS, MEMORY, BACKBONE = "checkpoints", "memory", "backbone"
+CHECKPOINTS, MEMORY, ADAPTER, BACKBONE = "checkpoints", "memory", "adapter", "backbone"
 EXPERIMENTS = {"digit_boards": "jaxmem.analysis.digit_boards"}
 """Modules with `open_experiment(section) -> object` with `before(model, folder)` and `after(model, folder, config)`."""
 
@@ -52,9 +55,16 @@ class Result:
 
 
 def main(config: Any) -> int:
-    """The command `jaxmem train`: trains, prints the last metrics and where the memory is; returns the exit code."""
+    """The command `jaxmem train`: trains, prints the last metrics and where the results are; returns the exit code."""
+    config = configs.build(TrainConfig, config, "config")
+    if config.seeds:
+        seeds.each(config, train)
+        for spread in seeds.spreads(config.output, config.seeds):
+            print(spread)
+        print(f"results are in {config.output}")
+        return 0
     result = train(config)
-    for name in ("loss", "accuracy", "eval/loss", "eval/accuracy"):
+    for name in ("loss", "accuracy", "reward", "eval/loss", "eval/accuracy", "eval/reward"):
         if name in result.metrics:
             print(f"{name:14s} {result.metrics[name]:.4f}")
     print(f"{result.steps} steps; results are in {result.output}")
@@ -68,30 +78,36 @@ def train(config: TrainConfig | Mapping[str, Any]) -> Result:
       config: a TrainConfig, or a mapping (or ConfigDict) with its keys.
 
     Returns:
-      Result. `output/memory` holds the memory for `Model.restore`; where backbone weights trained, `output/backbone`
-      holds them under their official names.
+      Result. `output/memory` holds the memory for `Model.restore`, `output/adapter` LoRA factors in PEFT's format for
+      `Model.restore_lora`; where backbone weights trained, `output/backbone` holds them under their official names.
 
     Raises:
       ConfigError, DataError, CheckpointError, NonFiniteError, Interrupted: each says what to do.
     """
     if not isinstance(config, TrainConfig):
         config = configs.build(TrainConfig, config, "config")
+    if config.seeds:
+        raise ConfigError("train makes one run; for config.seeds use jaxmem.training.seeds.each, or `jaxmem train`")
     experiment = open_experiment(config.experiment)
     source = open_source(config.data, config.loop.batch_size)
     held_out = None if config.evaluation is None else open_source(config.evaluation, config.loop.batch_size)
     mesh = _mesh(config.mesh)
     model = load_model(config, mesh)
-    job, state = prepare(config, model, source, held_out, mesh)
-    identity = _identity(config, model, source, job.steps)
-    record.claim(config.output, identity, config)
     folder = Path(config.output)
-    if experiment is not None:
-        experiment.before(model, folder)
-    every, keep = config.loop.checkpoint_every, config.loop.keep
-    with CheckpointStore(folder / CHECKPOINTS, identity, keep=keep, every=every) as store:
-        state, metrics = loop.run(job, state, store, folder)
+    with grpo_job.open_rewards(config, model, source) as rewards:
+        if rewards is None:
+            job, state = prepare(config, model, source, held_out, mesh)
+        else:
+            job, state = grpo_job.prepare(config, model, source, rewards, held_out, mesh)
+        identity = _identity(config, model, source, job.steps)
+        record.claim(config.output, identity, config)
+        if experiment is not None:
+            experiment.before(model, folder)
+        every, keep = config.loop.checkpoint_every, config.loop.keep
+        with CheckpointStore(folder / CHECKPOINTS, identity, keep=keep, every=every) as store:
+            state, metrics = loop.run(job, state, store, folder)
     model = _trained(model, trees.merge(state.trainable, job.frozen))
-    _save(model, folder, "base" in state.trainable)
+    _save(model, folder, state.trainable)
     if experiment is not None:
         experiment.after(model, folder, dataclasses.asdict(config))
     return Result(model, metrics, job.steps, folder)
@@ -111,7 +127,7 @@ def prepare(
     source: Sequence[Any],
     held_out: Sequence[Any] | None = None,
     mesh: Mesh | None = None,
-) -> tuple[Job, sft.TrainState]:
+) -> tuple[Job, TrainState]:
     """Everything that the loop drives, and the state in front of the first step.
 
     Args:
@@ -129,12 +145,13 @@ def prepare(
     forward = sft.model_forward(model.spec, trainable, remat=config.remat, base_dtype=dtype)
     report = functools.partial(sft.gates, model.spec)
     step = sft.make_train_step(forward, config.optimizer, steps, trainable, report=report, chunk=config.loss_chunk)
-    state = sft.init_state(config.optimizer, trainable, config.seed)
+    state = descent.init_state(config.optimizer, trainable, config.seed)
     evaluate = None
     if held_out is not None and config.evaluation is not None:
         rows = pipeline(config, config.evaluation, model, held_out, rejected.with_name("rejected_evaluation.jsonl"))
         evaluate = _evaluation(sft.make_eval_step(forward, config.loss_chunk), frozen, rows, mesh)
-    return Job(config.loop, steps, config.seed, step, frozen, data, evaluate, mesh), state
+    step = loop.supervised(step, frozen, config.loop, config.seed, mesh)
+    return Job(config.loop, steps, step, frozen, data, evaluate, mesh), state
 
 
 def load_model(config: TrainConfig, mesh: Mesh | None) -> api.Model:
@@ -149,8 +166,11 @@ def load_model(config: TrainConfig, mesh: Mesh | None) -> api.Model:
     if config.memory_folder is None and config.memory is not None:
         settings = dict(config.memory)
         model = model.attach(settings.pop("name"), key=jax.random.key(config.seed), **settings)
+    if config.lora is not None:
+        model = model.attach_lora(key=jax.random.fold_in(jax.random.key(config.seed), 1), **config.lora)
     if mesh is not None:
-        model = dataclasses.replace(model, memory=jax.device_put(model.memory, shardings(mesh, model.memory)))
+        base, memory = (jax.device_put(tree, shardings(mesh, tree)) for tree in (model.base, model.memory))
+        model = dataclasses.replace(model, base=base, memory=memory)
     return model
 
 
@@ -175,11 +195,11 @@ def pipeline(
 
 def _evaluation(
     step: Callable[..., Any], frozen: Tree, data: Pipeline, mesh: Mesh | None
-) -> Callable[[sft.TrainState], dict[str, float]]:
+) -> Callable[[TrainState], dict[str, float]]:
     """state -> {"eval/loss", "eval/accuracy", "eval/tokens"} over the whole evaluation set."""
     sharding = None if mesh is None else batch_sharding(mesh)
 
-    def evaluate(state: sft.TrainState) -> dict[str, float]:
+    def evaluate(state: TrainState) -> dict[str, float]:
         batches = (loop.put(rows.batch, sharding) for rows in data.epoch())
         return {f"eval/{k}": v for k, v in sft.evaluate(step, state.trainable, frozen, batches).items()}
 
@@ -197,6 +217,7 @@ def _identity(config: TrainConfig, model: api.Model, source: Sequence[Any], step
     and checkpointed may."""
     return run_identity(model.spec.backbone, model.spec.memories) | {
         "weights": record.weights_fingerprint(model.folder),
+        "lora": None if config.lora is None else dict(config.lora),
         "memory_folder": config.memory_folder,
         "dataset": records.fingerprint(source),
         "optimizer": dataclasses.asdict(config.optimizer),
@@ -206,6 +227,7 @@ def _identity(config: TrainConfig, model: api.Model, source: Sequence[Any], step
         "steps": steps,
         "batch_size": config.loop.batch_size,
         "p_block": config.loop.p_block,
+        "grpo": None if config.grpo is None else grpo_job.identity(config.grpo),
         "shuffle": config.data.shuffle,
         "max_rejected_fraction": config.data.max_rejected_fraction,
         "pixels": [config.min_pixels, config.max_pixels],
@@ -218,14 +240,17 @@ def _trained(model: api.Model, tree: Tree) -> api.Model:
     return dataclasses.replace(model, base=base, memory=tree.get("memory", {}))
 
 
-def _save(model: api.Model, folder: Path, base: bool) -> None:
-    """Writes what was trained; a backbone with the tokenizer and image settings that it came with."""
+def _save(model: api.Model, folder: Path, trained: Tree) -> None:
+    """Writes memory, LoRA factors and, where it trained, the backbone with the tokenizer and image settings it had."""
     if model.spec.memories:
         model.save(folder / MEMORY)
-    if base:
+    if lora.has_lora(model.base):
+        model.save_lora(folder / ADAPTER)
+    if any(not path.endswith(lora.LEAVES) for path, _ in trees.leaves(trained.get("base", {}))):
         hf_config = huggingface.read_config(model.folder)
         target = folder / BACKBONE
-        huggingface.save_backbone(target, model.base, model.spec.backbone, hf_config=hf_config, overwrite=True)
+        base = lora.strip(model.base)
+        huggingface.save_backbone(target, base, model.spec.backbone, hf_config=hf_config, overwrite=True)
         for path in model.folder.iterdir():
             beside = path.suffix in (".json", ".jinja", ".txt") and path.name not in ("config.json", WEIGHT_INDEX)
             if beside and path.is_file():

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from jaxmem.data.batching import Buckets
 from jaxmem.data.boards import BoardDataset
 from jaxmem.errors import ConfigError
+from jaxmem.training.grpo_settings import GRPOConfig
 from jaxmem.training.loop import LoopConfig
 from jaxmem.training.optimizer import OptimizerConfig
 
@@ -58,7 +59,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A supervised training run; the defaults are those of PVM's first stage (arXiv 2605.00814, first stage).
+    """A training run; the defaults are those of PVM's first stage (arXiv 2605.00814).
 
     Attributes:
       output: directory of checkpoints, metrics and the trained memory.
@@ -66,10 +67,14 @@ class TrainConfig:
       evaluation: what it is evaluated on; None evaluates on nothing.
       backbone: Hugging Face folder; empty is the embedded tiny backbone.
       memory: {"name": "pvm", ...} with settings of that memory; None trains without one.
+      lora: settings of `LoRAConfig`, {"rank": 8, ...}: factors beside the decoder's kernels, which train where
+        `trainable` names them ("base/**/lora_a", "base/**/lora_b"); None adds none.
       memory_folder: a folder with a trained memory to go on from, instead of `memory`.
       trainable: path patterns of what trains over {"base", "memory"}: "memory", or e.g. ("**", "!base/visual").
       dtype: of the backbone's weights and of the arithmetic; what trains is kept in float32. None keeps what is stored.
-      seed: of the memory's weights, the data's order, the blindfolds and dropout.
+      grpo: how completions are sampled, judged and learnt from; None is supervised fine-tuning.
+      seed: of the memory's weights, the data's order, the blindfolds, dropout and sampling.
+      seeds: several seeds make one run each, in `output/seed_N`, and a table of mean and spread over them.
       optimizer: AdamW and its schedule.
       loop: steps, batches, evaluations, checkpoints.
       mesh: devices.
@@ -84,10 +89,13 @@ class TrainConfig:
     evaluation: DataConfig | None = None
     backbone: str = ""
     memory: Mapping[str, Any] | None = dataclasses.field(default_factory=lambda: {"name": "pvm"})
+    lora: Mapping[str, Any] | None = None
     memory_folder: str | None = None
     trainable: str | tuple[str, ...] = "memory"
     dtype: str | None = None
+    grpo: GRPOConfig | None = None
     seed: int = 42
+    seeds: tuple[int, ...] = ()
     optimizer: OptimizerConfig = OptimizerConfig()
     loop: LoopConfig = LoopConfig()
     mesh: MeshConfig = MeshConfig()
@@ -102,8 +110,20 @@ class TrainConfig:
             raise ConfigError('memory has no key "name"; write for example {"name": "pvm", "layers": (8, 16, 24)}')
         if self.experiment is not None and "name" not in self.experiment:
             raise ConfigError('experiment has no key "name"; write for example {"name": "digit_boards"}')
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds {self.seeds} names one twice; every seed is a run of its own")
+        self._check_rows()
+
+    def _check_rows(self) -> None:
+        """Rows must divide into minibatches, microbatches and devices."""
         ways = self.mesh.data * self.mesh.fsdp
-        rows = self.loop.batch_size // self.loop.accumulate
+        updates = 1 if self.grpo is None else self.grpo.minibatches
+        if self.loop.batch_size % (updates * self.loop.accumulate):
+            raise ConfigError(
+                f"loop.batch_size {self.loop.batch_size} cannot be dealt to grpo.minibatches {updates} x"
+                f" loop.accumulate {self.loop.accumulate}"
+            )
+        rows = self.loop.batch_size // self.loop.accumulate // updates
         if ways < 1 or rows % ways:
             raise ConfigError(f"{rows} rows per microbatch cannot be shared by mesh data x fsdp = {ways} devices")
 

@@ -9,10 +9,12 @@ from jaxmem.data.boards import (
     Board,
     BoardDataset,
     BoardTokens,
+    answer_reads,
     board_tokens,
     digit_reads,
     load_split,
     mean_score,
+    named_reads,
     score_answer,
     score_tokens,
 )
@@ -139,6 +141,14 @@ def test_scores_of_free_text(text, read, exact):
     board = Board(np.zeros((128, 128, 3), np.uint8), (0,) * 16, (), (2, 5), (7, 3), (7, 0))
     score = score_answer(text, board)
     assert (score.read, score.exact) == (read, exact)
+
+
+def test_seeing_is_apart_from_following_the_question():
+    grid = (4, 0, 7, 0, 0, 3, *[0] * 10)
+    board = Board(np.zeros((128, 128, 3), np.uint8), grid, (), (2, 5), (7, 3), (7, 0))
+    assert answer_reads("C7=7 A4=1 F3=4 #4", board) == (True, False)
+    assert named_reads("C7=7 A4=1 F9=0 #0", board) == (True, True, False)
+    assert answer_reads("C7", board) == (False, False) and named_reads("C7", board) == ()
 
 
 def test_mean_score_of_nothing_is_an_error():

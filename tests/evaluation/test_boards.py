@@ -13,7 +13,9 @@ from jaxmem.analysis.attention import image_mass, image_masses
 from jaxmem.data.boards import board_tokens, digit_reads, score_answer
 from jaxmem.errors import ConfigError
 from jaxmem.evaluation import boards
-from jaxmem.evaluation.boards import BoardTest, evaluate, mean_and_error, prompt_of
+from jaxmem.evaluation.boards import BoardTest, evaluate, prompt_of
+from jaxmem.evaluation.conditions import Condition
+from jaxmem.evaluation.reading import mean_and_error
 from jaxmem.sampling import generate
 
 TEST = BoardTest(k=(0, 12), blind_k=(0,), boards=5, cells=3, batch_size=3, seed=7)
@@ -65,7 +67,7 @@ def test_blind_text_sees_nothing_of_the_image(results):
 
 
 def test_every_board_is_counted_once(results):
-    assert results[1] == [3, 2] * 3
+    assert sum(results[1]) == 3 * TEST.boards
 
 
 def test_one_decode_loop_serves_all_lengths(results):
@@ -103,3 +105,44 @@ def test_batches_have_one_shape(model):
 def test_a_test_of_nothing_is_an_error():
     with pytest.raises(ConfigError, match="at least 1"):
         BoardTest(k=(), blind_k=())
+    with pytest.raises(ConfigError, match="at least one word"):
+        BoardTest(packed=((0, 3),))
+
+
+@pytest.fixture(scope="module")
+def bare(model):
+    return model.without_memory()
+
+
+def test_boards_that_need_no_writing_get_what_would_be_written(bare):
+    """The backbone is right about most boards: those are not generated, and the result is as if they were."""
+    test, done = BoardTest(k=(0,), boards=6, cells=3, batch_size=3, seed=7), []
+    (found,) = evaluate(bare, test, tick=done.append)
+    written = tuple(bare.generate(board.question, max_new_tokens=17)[0].text for board in test.dataset(0))
+    assert found.answers == written and 0 < sum(done[:2]) <= found.exact * test.boards
+
+
+def test_long_answers_and_their_places(bare):
+    test = BoardTest(k=(4,), boards=3, cells=16, batch_size=3, seed=1)
+    (found,) = evaluate(bare, test)
+    assert len(found.read_by_place) == len(found.free_read_by_place) == 16
+    assert np.mean(found.read_by_place) == pytest.approx(found.read)
+    assert np.mean(found.free_read_by_place) == pytest.approx(found.free_read)
+    scores = [score_answer(text, board) for text, board in zip(found.answers, test.dataset(4), strict=True)]
+    assert found.free_read == pytest.approx(np.mean([score.read for score in scores]))
+    assert found.answers == tuple(bare.generate(board.question, max_new_tokens=70)[0].text for board in test.dataset(4))
+
+
+def test_moved_positions_reach_reading_and_writing(bare):
+    test = BoardTest(k=(0, 40), stretched=(0, 500), packed=((40, 41), (40, 5)), boards=3, cells=3, batch_size=3)
+    plain, words, same, far, alike, near = evaluate(bare, test, look=image_mass)
+    assert [row.condition for row in (far, near)] == [Condition(0, span=500), Condition(40, span=5)]
+    for one, two in ((plain, same), (words, alike)):  # moved by nothing (40 words are 41 tokens)
+        assert (one.read, one.mass, one.answers) == (two.read, two.mass, two.answers)
+    assert far.mass != plain.mass and near.mass != words.mass
+    assert sum(near.mass) < sum(plain.mass)  # as many keys as before
+
+
+def test_positions_beyond_the_backbone_are_refused(bare):
+    with pytest.raises(ConfigError, match="0 over 5000 positions reach position 50.* that has 4096"):
+        evaluate(bare, BoardTest(k=(), stretched=(5000,), boards=1))

@@ -1,0 +1,1 @@
+"""Adapters of a frozen backbone: small updates of its own weights."""

@@ -1,0 +1,114 @@
+"""A GRPO run from its configuration: what the loop drives, and the state in front of the first step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxmem.api import Model
+from jaxmem.data.pipeline import Pipeline, Rejections
+from jaxmem.distributed.mesh import batch_sharding
+from jaxmem.errors import ConfigError
+from jaxmem.training import descent, grpo, grpo_run, sft, trees
+from jaxmem.training.descent import TrainState
+from jaxmem.training.grpo_settings import GRPOConfig
+from jaxmem.training.loop import Job
+from jaxmem.training.playing import Player
+from jaxmem.training.prompts import batch_of, encoder
+from jaxmem.training.rewards.runner import RewardRunner
+from jaxmem.training.settings import DataConfig, TrainConfig
+
+
+def open_rewards(
+    config: TrainConfig, model: Model, source: Sequence[Any]
+) -> contextlib.AbstractContextManager[RewardRunner | None]:
+    """The judges of a GRPO run, tested on the dataset's first usable record; nothing for any other run.
+
+    Raises:
+      ConfigError: a reward function fails its self-test or needs a column that the dataset lacks.
+    """
+    if config.grpo is None:
+        return contextlib.nullcontext()
+    first = encoder(model.processor)(source[0])
+    return RewardRunner(config.grpo.rewards, first.columns, first.messages)
+
+
+def prompts_pipeline(
+    config: TrainConfig, data: DataConfig, model: Model, source: Sequence[Any], rejected: Path
+) -> Pipeline:
+    """The prompts of a dataset, in batches of `loop.batch_size`."""
+    training = data is config.data
+    return Pipeline(
+        source=source,
+        encode=encoder(model.processor),
+        assemble=lambda prompts: batch_of(prompts, data.buckets, model.processor.pad_token),
+        batch_size=config.loop.batch_size,
+        shuffle=training and data.shuffle and data.source != "boards",
+        seed=config.seed,
+        rejections=Rejections(len(source), data.max_rejected_fraction, rejected),
+        threads=data.threads,
+        prefetch=data.prefetch,
+        supervised=False,
+    )
+
+
+def prepare(
+    config: TrainConfig,
+    model: Model,
+    source: Sequence[Any],
+    rewards: RewardRunner,
+    held_out: Sequence[Any] | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[Job, TrainState]:
+    """Everything that the loop drives; arguments as for `run.prepare`, with the judges started."""
+    method = config.grpo
+    if method is None:
+        raise ConfigError("the configuration has no section grpo")
+    trainable, frozen = trees.split({"base": model.base, "memory": model.memory}, config.trainable)
+    folder = Path(config.output)
+    data = prompts_pipeline(config, config.data, model, source, folder / "rejected.jsonl")
+    steps = config.loop.total_steps(data.steps_per_epoch)
+    state = descent.init_state(config.optimizer, trainable, config.seed)
+    dtype = jax.tree.leaves(model.base)[0].dtype
+    forward = grpo.model_forward(model.spec, trainable, remat=config.remat, base_dtype=dtype)
+    score = grpo.make_score(forward, method.temperature, config.loss_chunk)
+    sharding = None if mesh is None else batch_sharding(mesh)
+    player = Player(model.spec, model.processor, config.data.buckets, rewards, config.loop.batch_size, sharding)
+    trainer = grpo_run.Trainer(
+        config=method,
+        loop=config.loop,
+        seed=config.seed,
+        player=player,
+        sampler=method.sampler(model.sampler()),
+        source=source,
+        encode=data.encode,
+        update=grpo.make_update(score, method.loss, config.optimizer, steps, trainable, method.max_new_tokens),
+        score=grpo_run.compiled_score(score),
+        cast=grpo_run.caster(dtype),
+        frozen=frozen,
+        reference=jax.tree.map(jnp.copy, state.trainable) if method.loss.kl_weight else None,
+        report=functools.partial(sft.gates, model.spec),
+        folder=folder,
+        mesh=mesh,
+    )
+    evaluate = None
+    if held_out is not None and config.evaluation is not None:
+        rows = prompts_pipeline(config, config.evaluation, model, held_out, folder / "rejected_evaluation.jsonl")
+        evaluate = grpo_run.evaluator(trainer, rows, config.evaluation.buckets, config.seed)
+    job = Job(config.loop, steps, trainer.step, frozen, data, evaluate, mesh, evaluate_first=True)
+    return job, state
+
+
+def identity(method: GRPOConfig) -> dict[str, Any]:
+    """What may not change between two starts of one run; limits of the judges and what is written down may."""
+    free = {"samples", "samples_every", "eval_group", "eval_temperature", "rewards"}
+    kept = {name: value for name, value in dataclasses.asdict(method).items() if name not in free}
+    return {**kept, "rewards": [dict(f) if not isinstance(f, str) else f for f in method.rewards.functions]}

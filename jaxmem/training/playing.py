@@ -1,0 +1,186 @@
+"""Prompts to completions with their rewards: what a step of GRPO knows before it learns.
+
+Axis letters: B prompts, G completions of each, N new tokens, F reward functions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jaxmem.data.batching import Buckets
+from jaxmem.data.processor import Processor
+from jaxmem.model import Spec
+from jaxmem.sampling.logits import SamplerConfig
+from jaxmem.sampling.rollout import Rollout, rollout
+from jaxmem.training.loop import put
+from jaxmem.training.prompts import Prompt, batch_of
+from jaxmem.training.rewards.runner import RewardRunner, Scored
+from jaxmem.training.trees import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Played:
+    """Groups of completions of B prompts.
+
+    Attributes:
+      prompts: B of them.
+      names: of their records.
+      rolled: arrays [B, G, N].
+      texts: B lists of G completions, decoded.
+      rewards: [B, G, F] float64, NaN where a function does not apply or failed.
+      scored: one account per call of the reward functions.
+      seconds: wall time by phase, "rollout" and "reward".
+    """
+
+    prompts: tuple[Prompt, ...]
+    names: tuple[str, ...]
+    rolled: Rollout
+    texts: tuple[tuple[str, ...], ...]
+    rewards: np.ndarray
+    scored: tuple[Scored, ...]
+    seconds: dict[str, float]
+
+    def take(self, rows: Sequence[int]) -> Played:
+        """Some of the prompts; the accounts stay whole."""
+        index = np.asarray(rows, int)
+        return dataclasses.replace(
+            self,
+            prompts=tuple(self.prompts[i] for i in index),
+            names=tuple(self.names[i] for i in index),
+            rolled=jax.tree.map(lambda leaf: leaf[index], self.rolled),
+            texts=tuple(self.texts[i] for i in index),
+            rewards=self.rewards[index],
+        )
+
+    def __add__(self, other: Played) -> Played:
+        return Played(
+            self.prompts + other.prompts,
+            self.names + other.names,
+            jax.tree.map(lambda a, b: np.concatenate([a, b]), self.rolled, other.rolled),
+            self.texts + other.texts,
+            np.concatenate([self.rewards, other.rewards]),
+            self.scored + other.scored,
+            {phase: seconds + other.seconds[phase] for phase, seconds in self.seconds.items()},
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Player:
+    """Samples completions and has them judged.
+
+    Attributes:
+      spec: what samples.
+      processor: decodes.
+      buckets: lengths that prompts may have.
+      rewards: the judges, started.
+      rows: prompts of every batch; fewer are filled up.
+      sharding: of the prompts; None is the default device.
+    """
+
+    spec: Spec
+    processor: Processor
+    buckets: Buckets
+    rewards: RewardRunner
+    rows: int
+    sharding: NamedSharding | None = None
+
+    def __call__(
+        self,
+        tree: Tree,
+        prompts: Sequence[Prompt],
+        names: Sequence[str],
+        key: jax.Array,
+        settings: SamplerConfig,
+        group: int,
+        blind: np.ndarray | None = None,
+    ) -> Played:
+        """Plays one batch.
+
+        Args:
+          tree: {"base", "memory"}, the weights that sample.
+          prompts: at most `rows`.
+          names: of their records.
+          key: random key of the batch.
+          settings: of the sampling.
+          group: completions per prompt.
+          blind: [rows] prompts whose text cannot see the image in the backbone.
+
+        Raises:
+          RewardError: a reward function failed on every row too many times in a row.
+          DataError: prompt and completion do not fit into the backbone's positions.
+        """
+        began, count = time.perf_counter(), len(prompts)
+        batch = batch_of(prompts, self.buckets, self.processor.pad_token, self.rows)
+        batch = put(batch if blind is None else dataclasses.replace(batch, blind=blind), self.sharding)
+        rolled = rollout(self.spec, tree["base"], tree.get("memory", {}), batch, settings, key, group)
+        rolled = jax.tree.map(lambda leaf: leaf[:count], rolled)
+        texts = tuple(
+            tuple(self.processor.decode(ids[:length].tolist()) for ids, length in zip(*member, strict=True))
+            for member in zip(rolled.tokens, rolled.lengths, strict=True)
+        )
+        sampled = time.perf_counter()
+        scored = self._judge(prompts, texts, rolled)
+        seconds = {"rollout": sampled - began, "reward": time.perf_counter() - sampled}
+        rewards = scored.values.reshape(count, group, -1)
+        return Played(tuple(prompts), tuple(names), rolled, texts, rewards, (scored,), seconds)
+
+    def _judge(self, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], rolled: Rollout) -> Scored:
+        """All completions in one call, [B * G] rows."""
+        group = rolled.tokens.shape[1]
+        repeated = [prompt for prompt in prompts for _ in range(group)]
+        ids = [row[:length].tolist() for row, length in _members(rolled.tokens, rolled.lengths)]
+        columns = {name: [prompt.columns.get(name) for prompt in repeated] for name in prompts[0].columns}
+        mean = [
+            float(row[:length].mean()) if length else 0.0 for row, length in _members(rolled.logprobs, rolled.lengths)
+        ]
+        cut = rolled.truncated.reshape(-1).tolist()
+        return self.rewards(
+            [prompt.messages for prompt in repeated],
+            [text for member in texts for text in member],
+            ids,
+            columns,
+            images=[prompt.images for prompt in repeated],
+            diagnostics=[
+                {"length": len(one), "truncated": end, "mean_logprob": level}
+                for one, end, level in zip(ids, cut, mean, strict=True)
+            ],
+        )
+
+
+def _members(values: np.ndarray, lengths: np.ndarray) -> Any:
+    """(row [N], length) of every completion."""
+    return zip(values.reshape(-1, values.shape[-1]), lengths.reshape(-1).tolist(), strict=True)
+
+
+def resampled(
+    played: Played, dead: Callable[[Played], np.ndarray], again: Callable[[int], Played | None], limit: int
+) -> tuple[Played, int]:
+    """Replaces groups without signal by those of other prompts (DAPO's dynamic sampling, arXiv 2503.14476, Eq. 11).
+
+    Args:
+      played: B groups.
+      dead: which groups of a `Played` carry no signal, [B] bool.
+      again: plays other prompts, given the number of the attempt from 1 on; None when there are none.
+      limit: attempts.
+
+    Returns:
+      B groups again, those with signal first, and the number of attempts. Where the limit comes first, groups without
+      signal stay.
+    """
+    wanted, attempt = len(played.prompts), 0
+    while attempt < limit and dead(played).any():
+        attempt += 1
+        more = again(attempt)
+        if more is None:
+            break
+        played = played + more
+        order = np.argsort(dead(played), kind="stable")
+        played = played.take(order[:wanted])
+    return played, attempt
