@@ -57,9 +57,9 @@ class MetricLog:
         self.close()
 
 
-def read(folder: str | Path) -> list[dict[str, Any]]:
-    """All whole lines of a run's `metrics.jsonl`; none when there is no file."""
-    path = Path(folder) / LINES
+def read(folder: str | Path, name: str = LINES) -> list[dict[str, Any]]:
+    """All whole lines of a run's `metrics.jsonl`, or of another such file; none when there is no file."""
+    path = Path(folder) / name
     return (
         [line for line in map(_parsed, path.read_text(encoding="utf-8").splitlines()) if line] if path.exists() else []
     )

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxmem.training import metrics
 from jaxmem.training.settings import TrainConfig
 
-FILE = "seeds.json"
+FILE, COMPILED = "seeds.json", "compiled"
 WATCHED = ("eval/reward", "eval/loss", "eval/accuracy", "reward", "loss", "accuracy")
 """What the table may show; of the evaluated ones those that a run has, else of the training steps."""
 
@@ -42,8 +43,14 @@ class Spread:
 
 
 def each(config: TrainConfig, train: Callable[[TrainConfig], Any]) -> list[Any]:
-    """Trains every seed of `config.seeds` in `output/seed_N`, one after the other; what `train` returned of each."""
+    """Trains every seed of `config.seeds` in `output/seed_N`, one after the other; what `train` returned of each.
+
+    Their programs are the same: unless jax keeps compiled programs already, `output/compiled` does, for a first run and
+    for all that come later.
+    """
     folder = Path(config.output)
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute() / COMPILED))
     return [
         train(dataclasses.replace(config, seed=seed, seeds=(), output=str(folder / f"seed_{seed}")))
         for seed in config.seeds

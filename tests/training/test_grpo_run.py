@@ -172,7 +172,7 @@ def test_seeds_are_runs_of_their_own(folder, tmp_path, capsys):
         ({"grpo": {"temperature": 0.0}}, "no spread"),
         ({"grpo": {"minibatches": 3}}, "cannot be dealt"),
         ({"grpo": {"loss": {"kind": "gspo", "normaliser": "tokens"}}}, "contradicts the sequence-level"),
-        ({"grpo": {"loss": {"kind": "gpro"}}}, "did you mean 'grpo'"),
+        ({"grpo": {"loss": {"kind": "gpro"}}}, "unknown loss.kind 'gpro'; did you mean"),
         ({"rewards": ({"name": "exact", "column": "answer"},)}, "needs the column 'answer'"),
         ({"rewards": ("tests.training.judges:nothing",)}, "no function 'nothing'"),
     ],

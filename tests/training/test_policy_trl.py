@@ -23,7 +23,7 @@ from trl import GRPOTrainer
 
 from jaxmem.training.advantages import AdvantageConfig, advantages
 from jaxmem.training.policy import LOSSES, LossConfig, policy_loss
-from tests.training.test_policy import CASES, DEAD, MAX_LENGTH, Case, case, double, settings
+from tests.training.policy_oracle import CASES, DEAD, MAX_LENGTH, Case, case, double, settings
 
 END, PAD = 1, 0
 UNDIVIDED = ("grpo", "gspo", "dr_grpo")  # TRL divides these by rows, whether they count or not
@@ -41,7 +41,7 @@ class OneProcess:
         return value
 
 
-def trainer(config: LossConfig = LossConfig(), scale: AdvantageConfig = AdvantageConfig(), **others) -> GRPOTrainer:
+def trainer(config: LossConfig, scale: AdvantageConfig, **others) -> GRPOTrainer:
     """A GRPOTrainer with our settings under TRL's names and nothing behind it."""
     trl = GRPOTrainer.__new__(GRPOTrainer)
     trl.accelerator = OneProcess()
@@ -89,7 +89,7 @@ def microbatch(c: Case, items: float) -> dict[str, torch.Tensor]:
 
 def theirs(config: LossConfig, c: Case, parts: tuple[slice, ...] = (slice(None),)) -> tuple[float, np.ndarray, dict]:
     """TRL's loss of a step, its gradient [R, N] and its metrics; `parts` are the microbatches."""
-    trl = trainer(config, current_gradient_accumulation_steps=len(parts))
+    trl = trainer(config, AdvantageConfig(), current_gradient_accumulation_steps=len(parts))
     trl.args.steps_per_generation = len(parts)
     new = torch.tensor(c.new, requires_grad=True)
     total = 0.0
@@ -196,7 +196,7 @@ def scored(scale: AdvantageConfig, rewards: np.ndarray, weights: np.ndarray, com
     """TRL's generation batch and metrics for completions and rewards [B, G, F] that are handed in."""
     _, group, functions = rewards.shape
     names = [f"f{i}" for i in range(functions)]
-    trl = trainer(scale=scale, num_generations=group, reward_funcs=names, reward_func_names=names)
+    trl = trainer(LossConfig(), scale, num_generations=group, reward_funcs=names, reward_func_names=names)
     trl.reward_weights = torch.tensor(weights)
     count, flat = len(completions), torch.tensor(rewards.reshape(-1, functions))
     trl._generate = lambda prompts: ([[2]] * count, completions, None, ["text"] * count, None, {}, None, [])
