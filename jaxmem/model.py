@@ -213,7 +213,7 @@ def _forward(
 ) -> tuple[Array, Any]:
     """All layers over a batch whose tokens see what `look(stream)` shows them, and the final norm."""
     prompt = read_prompt(spec, base, memory, batch)
-    x, kept = decoder.scan_layers(
+    x, (kept, _) = decoder.scan_layers(
         spec.backbone.text,
         base["layers"],
         prompt.x,

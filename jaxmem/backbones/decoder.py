@@ -100,22 +100,29 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, angle: Array, look: Look, branches: Callable[[Array, Array, Array], Array]
+        self, x: Array, angle: Array, look: Look, branches: Callable[[Array, Array, Array], tuple[Array, Any]]
     ) -> tuple[Array, Any]:
-        """x [B, T, D] -> [B, T, D] and what `look` keeps of the layer."""
+        """x [B, T, D] -> [B, T, D], and what `look` and the branches keep of the layer.
+
+        branches(ffn, residual, normed) -> the FFN's output with the branches added, and what they keep.
+        """
         c = self.config
         attention = Attention(c.heads, c.kv_heads, c.head_dim, c.norm_eps, name="attention")
         attended, kept = attention(RMSNorm(c.norm_eps, name="attention_norm")(x), angle, look)
         x = x + attended
         normed = RMSNorm(c.norm_eps, name="ffn_norm")(x)
-        return x + branches(SwiGLU(c.mlp_width, name="ffn")(normed), x, normed), kept
+        added, remembered = branches(SwiGLU(c.mlp_width, name="ffn")(normed), x, normed)
+        return x + added, (kept, remembered)
 
 
 def _layer(config: TextConfig, ports: Ports, angle: Array) -> Callable[..., tuple[Array, Any]]:
     """One layer with its ports as a function of (x, weights, index, look)."""
 
     def run(x: Array, weights: Any, index: Array | int, look: Look) -> tuple[Array, Any]:
-        branches = lambda ffn, residual, normed: port_lib.beside_ffn(ports.beside_ffn, index, ffn, residual, normed)  # noqa: E731
+        def branches(ffn: Array, residual: Array, normed: Array) -> tuple[Array, Any]:
+            added = port_lib.beside_ffn(ports.beside_ffn, index, ffn, residual, normed)
+            return added, port_lib.kept(ports.beside_ffn, index, residual)
+
         out: Any = DecoderLayer(config).apply({"params": weights}, x, angle, look, branches)
         return port_lib.after_layer(ports.after_layer, index, out[0]), out[1]
 
@@ -147,7 +154,7 @@ def scan_layers(
         outside differentiation, and weights are read by index instead of being split from the stack.
 
     Returns:
-      [B, T, D] before the final norm, and what `look` keeps, stacked over layers.
+      [B, T, D] before the final norm; and stacked over layers, what `look` keeps and what the ports keep.
     """
     run = _layer(config, ports, angle)
 
@@ -188,10 +195,10 @@ def loop_layers(
       looks: one per layer: writes the new keys and values into its cache and looks at the whole.
 
     Returns:
-      [B, T, D] before the final norm, and what each look keeps.
+      [B, T, D] before the final norm, and what each look keeps. What ports keep is of no use behind a prompt.
     """
     run, kept = _layer(config, ports, angle), []
     for index, (weights, look) in enumerate(zip(layers, looks, strict=True)):
-        x, one = run(x, weights, index, look)
+        x, (one, _) = run(x, weights, index, look)
         kept.append(one)
     return x, tuple(kept)

@@ -115,7 +115,7 @@ def init(key: Array, config: BackboneConfig, dtype: Any = jnp.float32) -> Any:
     t = config.text
     embed_key, head_key, layer_key, vision_key = jax.random.split(key, 4)
     x, angle, mask = jnp.zeros((1, 1, t.width)), jnp.zeros((1, 1, t.head_dim // 2)), jnp.ones((1, 1, 1), bool)
-    arguments = (x, angle, dense(mask), lambda ffn, residual, normed: ffn)
+    arguments = (x, angle, dense(mask), lambda ffn, residual, normed: (ffn, {}))
     layer = lambda k: DecoderLayer(t).init(k, *arguments)["params"]  # noqa: E731
     base = {
         "embed": 0.02 * jax.random.normal(embed_key, (t.vocab, t.width)),

@@ -41,6 +41,8 @@ class PVMConfig:
         later ones too (the original's behaviour).
       silence: no injection at the images' own positions.
       query: "residual" asks with the stream after attention, "normed" with its RMS-normalised form (Algorithm 1).
+      source: where keys and values come from: "visual", the merged visual rows (published), or "hidden", the residual
+        stream at the images' positions in the branch's own layer, an ablation without later turns.
       output_norm: weightless RMSNorm in front of the gate, which makes |gate| the injection's RMS.
       dropout: probability of dropping an attention weight in training.
       gate: initial value of every gate.
@@ -58,6 +60,7 @@ class PVMConfig:
     visibility: Literal["causal", "all"] = "causal"
     silence: bool = True
     query: Literal["residual", "normed"] = "residual"
+    source: Literal["visual", "hidden"] = "visual"
     output_norm: bool = True
     dropout: float = 0.0
     gate: float = 0.0
@@ -123,6 +126,7 @@ def _check(config: PVMConfig, depth: int) -> None:
         f"{config.heads} heads are not a multiple of {config.kv_heads} key heads": config.heads % config.kv_heads,
         f"visibility {config.visibility!r} is neither 'causal' nor 'all'": config.visibility not in ("causal", "all"),
         f"query {config.query!r} is neither 'residual' nor 'normed'": config.query not in ("residual", "normed"),
+        f"source {config.source!r} is neither 'visual' nor 'hidden'": config.source not in ("visual", "hidden"),
         f"initialiser {config.initialiser!r} is neither 'normal' nor 'fan_in'": (
             config.initialiser not in ("normal", "fan_in")
         ),
@@ -224,13 +228,13 @@ class PVMState:
     """What PVM remembers of a prompt: 2 * K * H numbers per visual row and layer, never recomputed per token.
 
     Attributes:
-      keys, values: [slots, B, M, K, H].
+      keys, values: [slots, B, M, K, H]; None before a prompt has been read with the source "hidden".
       order: [B, M] int32 place of the visual row in its sequence.
       segments: [B, M] int32 document of the visual row; 0 where a row is padding.
     """
 
-    keys: Array
-    values: Array
+    keys: Array | None
+    values: Array | None
     order: Array
     segments: Array
 
@@ -267,6 +271,8 @@ def prepare(config: PVMConfig, params: Any, visual: Array | None, rows: Array, s
     batch, index = jnp.arange(rows.shape[0])[:, None], jnp.where(rows >= 0, rows, visual.shape[1])
     place = lambda what: jnp.zeros(visual.shape[:2], jnp.int32).at[batch, index].set(what, mode="drop")  # noqa: E731
     segments = place(stream.segments)
+    if config.source == "hidden":
+        return PVMState(None, None, place(stream.order), segments)
     visual = jnp.where((segments > 0)[..., None], visual, 0)
     remember = lambda slot: PVM(config).apply({"params": slot}, visual, method=PVM.remember)  # noqa: E731
     keys, values = jax.vmap(remember)(params)
@@ -277,6 +283,8 @@ def append(old: PVMState | None, new: PVMState | None) -> PVMState | None:
     """The memory after another turn: rows are added, none is replaced."""
     if old is None or new is None:
         return old or new
+    if new.keys is None:
+        raise ConfigError("pvm: with source 'hidden' a later turn cannot bring images of its own")
     join = lambda axis: lambda a, b: jnp.concatenate([a, b], axis)  # noqa: E731
     return PVMState(
         join(2)(old.keys, new.keys),
@@ -284,6 +292,11 @@ def append(old: PVMState | None, new: PVMState | None) -> PVMState | None:
         join(1)(old.order, new.order),
         join(1)(old.segments, new.segments),
     )
+
+
+def keep(state: PVMState, kept: tuple[Array, Array]) -> PVMState:
+    """The memory with the keys and values [slots, B, M, K, H] that its branches made of a prompt's hidden states."""
+    return state.replace(keys=kept[0], values=kept[1])
 
 
 def visible(config: PVMConfig, state: PVMState, stream: Stream) -> Array:
@@ -304,12 +317,20 @@ def ports(
     seen = visible(config, state, stream)
     keys = None if dropout is None or not config.dropout else jax.random.split(dropout, len(config.layers))
 
+    def hidden(slot: Any, residual: Array) -> tuple[Array, Array]:
+        rows = jnp.take_along_axis(residual, state.order[..., None], axis=1)
+        rows = jnp.where((state.segments > 0)[..., None], rows, 0)
+        return PVM(config).apply({"params": slot[0]}, rows, method=PVM.remember)
+
     def act(slot: Any, residual: Array, normed: Array | None) -> Array:
         params, remembered, values, key = slot
+        if state.keys is None:
+            remembered, values = hidden(slot, residual)
         x = residual if config.query == "residual" else normed
         return PVM(config).apply({"params": params}, x, remembered, values, seen, key)
 
-    return Ports(beside_ffn=(Port((params, state.keys, state.values, keys), act, config.layers),))
+    slots = (params, state.keys, state.values, keys)
+    return Ports(beside_ffn=(Port(slots, act, config.layers, hidden if state.keys is None else None, config.name),))
 
 
 def fold(params: Any) -> Any:

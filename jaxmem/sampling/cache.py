@@ -21,6 +21,7 @@ from jaxmem.backbones import decoder
 from jaxmem.backbones.batch import Array, Batch
 from jaxmem.backbones.decoder import Stream
 from jaxmem.backbones.layers import Look, attend, attend_branches
+from jaxmem.backbones.ports import by_slot
 from jaxmem.errors import DataError
 from jaxmem.memory.registry import memory as memory_module
 from jaxmem.model import Spec, final_norm, last_places, memory_ports, next_position, read_prompt
@@ -90,14 +91,18 @@ def prefill(spec: Spec, base: Any, memory: Any, batch: Batch, size: int) -> tupl
     prompt = read_prompt(spec, base, memory, batch)
     stream = prompt.stream
     mask = decoder.visible(stream, stream)
-    x, (keys, values) = decoder.scan_layers(
+    ports = prompt.own + memory_ports(spec, memory, prompt.states, stream)
+    x, ((keys, values), remembered) = decoder.scan_layers(
         spec.backbone.text,
         base["layers"],
         prompt.x,
         prompt.angle,
         lambda query, key, value: (attend(query, key, value, mask), (key, value)),
-        ports=prompt.own + memory_ports(spec, memory, prompt.states, stream),
+        ports=ports,
     )
+    states = dict(prompt.states)
+    for name, kept in by_slot(ports, remembered).items():
+        states[name] = memory_module(name).keep(states[name], kept)
     room = size - batch.tokens.shape[1]
     grow = lambda a: jnp.pad(a, ((0, 0), (0, room)))  # noqa: E731
     keep = lambda a: jnp.pad(jnp.swapaxes(a, 1, 2), ((0, 0), (0, 0), (0, room), (0, 0)))  # noqa: E731
@@ -109,7 +114,7 @@ def prefill(spec: Spec, base: Any, memory: Any, batch: Batch, size: int) -> tupl
         length=places + 1,
         position=next_position(batch),
         segment=jnp.max(stream.segments, axis=1),
-        states=prompt.states,
+        states=states,
     )
     return final_norm(spec, base, _at(x, places)), cache
 

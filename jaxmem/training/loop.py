@@ -28,7 +28,7 @@ from jaxmem.data.pipeline import Pipeline, Rows, blind_rows
 from jaxmem.distributed.mesh import BATCH
 from jaxmem.errors import CheckpointError, ConfigError, JaxmemError
 from jaxmem.training.descent import Metrics, TrainState
-from jaxmem.training.metrics import Display, MetricLog, read, truncate
+from jaxmem.training.metrics import SHOWN, Display, MetricLog, read, truncate
 from jaxmem.training.trees import Tree
 
 SKIPPED = "skipped.jsonl"
@@ -315,7 +315,8 @@ class _Recorder:
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         """Writes the metrics of an evaluation."""
         self._log.write(step, values)
-        self._display.say(f"step {step}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        shown = {name: value for name, value in values.items() if name.removeprefix("eval/") in SHOWN}
+        self._display.say(f"step {step}  " + "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
         self.last |= values
         self._clock = time.perf_counter()
 

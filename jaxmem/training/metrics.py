@@ -12,7 +12,8 @@ from typing import Any
 
 LINES = "metrics.jsonl"
 BOARD = "tensorboard"
-_SHOWN = ("reward", "reward_std", "completions/mean_length", "loss", "accuracy")
+SHOWN = ("reward", "reward_std", "completions/mean_length", "loss", "accuracy")
+"""Metrics that a line of progress has room for, where a run has them."""
 
 
 class MetricLog:
@@ -112,7 +113,7 @@ class Display:
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Shows the metrics of a step."""
-        shown = {name: values[name] for name in _SHOWN if name in values}
+        shown = {name: values[name] for name in SHOWN if name in values}
         text = "  ".join(f"{name} {value:.3f}" for name, value in shown.items()) + f"  lr {values['lr']:.2e}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)

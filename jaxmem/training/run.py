@@ -35,6 +35,8 @@ from jaxmem.training.trees import Tree
 CHECKPOINTS, MEMORY, ADAPTER, BACKBONE = "checkpoints", "memory", "adapter", "backbone"
 EXPERIMENTS = {"digit_boards": "jaxmem.analysis.digit_boards"}
 """Modules with `open_experiment(section) -> object` with `before(model, folder)` and `after(model, folder, config)`."""
+REPORTS = {"run": "jaxmem.analysis.grpo_report:write", "seeds": "jaxmem.analysis.grpo_seeds:write"}
+"""What writes `report.html` of a GRPO run (folder), and over several (folder, seeds); it returns the path."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,8 @@ def main(config: Any) -> int:
         seeds.each(config, train)
         for spread in seeds.spreads(config.output, config.seeds):
             print(spread)
+        if config.grpo is not None:
+            _report("seeds", config.output, config.seeds)
         print(f"results are in {config.output}")
         return 0
     result = train(config)
@@ -108,9 +112,17 @@ def train(config: TrainConfig | Mapping[str, Any]) -> Result:
             state, metrics = loop.run(job, state, store, folder)
     model = _trained(model, trees.merge(state.trainable, job.frozen))
     _save(model, folder, state.trainable)
+    if config.grpo is not None:
+        _report("run", folder)
     if experiment is not None:
         experiment.after(model, folder, dataclasses.asdict(config))
     return Result(model, metrics, job.steps, folder)
+
+
+def _report(kind: str, *arguments: Any) -> None:
+    """Writes one of `REPORTS` and says where."""
+    module, _, function = REPORTS[kind].partition(":")
+    print(f"report: {getattr(importlib.import_module(module), function)(*arguments)}")
 
 
 def open_experiment(section: Mapping[str, Any] | None) -> Any:

@@ -165,6 +165,19 @@ def eight(layers, memories):
     return Spec(cut, tuple(pvm.create(cut, layers=tuple(range(n))) for n in [memories] if n))
 
 
+def test_check_39_keys_and_values_from_hidden_states(world):
+    """The ablation: the branch asks what the decoder made of the image, cached decoding equals the full forward, and
+    the rows of the tower alone no longer say what it finds."""
+    spec = Spec(w.BACKBONE, (dataclasses.replace(w.CAUSAL, source="hidden"),))
+    rows = w.rows_of(3)
+    ours, kept = cached(spec, world.base, world.memory, w.batch_of(rows), w.QUICKLY)
+    np.testing.assert_allclose(ours, forward(spec, world.base, world.memory, rows, "right", w.QUICKLY), atol=1e-5)
+    asked = lambda spec: np.asarray(w.quick_hidden(spec, world.base, world.memory, w.batch_of(rows)))  # noqa: E731
+    assert np.abs(asked(spec) - asked(w.WITH_CAUSAL)).max() > 0.05
+    state = kept.states["pvm"]
+    assert state.keys.shape[:2] == (len(w.CAUSAL.layers), len(rows))
+
+
 def test_check_33_bytes_per_visual_token():
     _, _, kept = step_shapes(eight(1, 1))
     state = kept.states["pvm"]
