@@ -35,7 +35,9 @@ PACKAGES: Mapping[str, str] = {
 
 EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "digits": (("scikit-learn",), "digit boards: the quickstart's handwriting"),
+    "math": (("math-verify",), "judging mathematics in rewards"),
     "torch": (("torch",), "comparing with PyTorch (jaxmem bench decode)"),
+    "bench": (("torch", "trl"), "the peers of jaxmem bench"),
     "cuda": (("jax-cuda12-plugin",), "NVIDIA GPUs, CUDA 12"),
     "cuda13": (("jax-cuda13-plugin",), "NVIDIA GPUs, CUDA 13"),
     "tpu": (("libtpu",), "TPUs"),

@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxmem.analysis import report as html
 from jaxmem.analysis.report import Charts, Report, Sample, Table
-from jaxmem.analysis.svg import Axis, Line, line_chart
+from jaxmem.analysis.svg import Axis, Line, line_chart, smoothed
 from jaxmem.api import Model
 from jaxmem.evaluation.boards import Reading
 from jaxmem.evaluation.conditions import BoardTest, Condition
@@ -96,7 +95,7 @@ def training_charts(history: Sequence[Mapping[str, Any]], smooth: int = 15) -> C
         )
         for i, name in enumerate(names)
     ]
-    shown = _smoothed(loss, smooth)
+    shown = smoothed(loss, smooth)
     lines = [Line("each step", steps, loss, colour=7, faint=True), Line(f"mean of {smooth}", steps, shown, colour=0)]
     return Charts(
         "Training",
@@ -192,11 +191,3 @@ def _share(value: float, error: float) -> str:
 
 def _number(value: Any) -> float:
     return float("nan") if value is None else float(value)
-
-
-def _smoothed(values: list[float], window: int) -> list[float]:
-    """Mean of the last `window` values at each place."""
-    total = np.concatenate([[0.0], np.cumsum(np.asarray(values, np.float64))])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - window)
-    return ((total[ends] - total[starts]) / (ends - starts)).tolist()

@@ -22,6 +22,7 @@ from jaxmem.data.boards import CELL_PIXELS, CELLS, SIDE, Board
 
 _PACKAGES = ("jax", "flax", "optax", "transformers", "numpy")
 _CONTEXT = 40  # words of a prompt that are shown at either end
+_UNPRINTABLE = {code: 0xFFFD for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n\r"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,22 +78,33 @@ class Report:
 
 def render(report: Report) -> str:
     """The report as HTML."""
-    source = importlib.resources.files("jaxmem").joinpath("assets/report.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    sections = [
-        {"title": s.title, "text": s.text, "charts": [Markup(chart) for chart in s.charts]} for s in report.charts
-    ]
     shown = {field.name: getattr(report, field.name) for field in dataclasses.fields(report)}
-    boards = [_board(sample) for sample in report.samples]
-    return environment.from_string(source).render(**{**shown, "charts": sections, "boards": boards})
+    return fill("report.html", {**shown, "boards": [_board(sample) for sample in report.samples]})
+
+
+def fill(template: str, values: Mapping[str, Any]) -> str:
+    """A template of `assets/` with its values, all escaped but the SVG of `values["charts"]`, which are Charts.
+
+    Control characters become U+FFFD.
+    """
+    assets = importlib.resources.files("jaxmem").joinpath("assets")
+    loader = jinja2.FunctionLoader(lambda name: assets.joinpath(name).read_text(encoding="utf-8"))
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    sections = [{"title": s.title, "text": s.text, "charts": list(map(Markup, s.charts))} for s in values["charts"]]
+    return environment.get_template(template).render({**values, "charts": sections}).translate(_UNPRINTABLE)
 
 
 def write(report: Report, path: str | os.PathLike[str]) -> Path:
     """Writes the report to a file, which is either whole or untouched."""
+    return save(render(report), path)
+
+
+def save(html: str, path: str | os.PathLike[str]) -> Path:
+    """Writes a page to a file, which is either whole or untouched; half a surrogate pair becomes "?"."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-        file.write(render(report))
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", errors="replace", dir=path.parent, delete=False) as file:
+        file.write(html)
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
     return path

@@ -6,6 +6,7 @@ Text takes the colour of the page around it; lines have colours of middle lightn
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from html import escape
@@ -104,6 +105,13 @@ def line_chart(
         "</svg>",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """Mean of the last `window` values at each place."""
+    total = [0.0, *itertools.accumulate(values)]
+    starts = [max(0, end - window) for end in range(1, len(total))]
+    return [(total[end] - total[start]) / (end - start) for end, start in enumerate(starts, 1)]
 
 
 def _finite(line: Line, positive: bool) -> Line:

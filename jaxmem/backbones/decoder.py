@@ -85,9 +85,10 @@ def branching(stream: Stream, trunk: int, group: int) -> Look:
 
     def look(query: Array, key: Array, value: Array) -> tuple[Array, None]:
         first = attend(query[:, :trunk], key[:, :trunk], value[:, :trunk], stem_mask)
-        shared = tuple(jnp.swapaxes(leaf[:, :trunk], 1, 2) for leaf in (key, value))
-        each = tuple(jnp.swapaxes(fork(leaf[:, trunk:]), 2, 3) for leaf in (key, value))
-        later = attend_branches(fork(query[:, trunk:]), shared, each, trunk_mask, own_mask)
+        shared = lambda leaf: jnp.swapaxes(leaf[:, :trunk], 1, 2)  # noqa: E731
+        each = lambda leaf: jnp.swapaxes(fork(leaf[:, trunk:]), 2, 3)  # noqa: E731
+        keys, values = (shared(key), shared(value)), (each(key), each(value))
+        later = attend_branches(fork(query[:, trunk:]), keys, values, trunk_mask, own_mask)
         return jnp.concatenate([first, later.reshape(later.shape[0], -1, later.shape[-1])], axis=1), None
 
     return look

@@ -72,10 +72,9 @@ def kept(ports: Sequence[Port], layer: Array | int, residual: Array) -> dict[str
     """What the ports keep of this layer, by name; zeros where they have no slot."""
     found = {}
     for port in ports:
-        if port.keep is not None:
-            run = lambda slot, port=port: port.keep(slot, residual)  # noqa: E731
-            first = jax.tree.map(lambda leaf: leaf[0], port.slots)
-            shapes = jax.eval_shape(run, first)
+        if (keep := port.keep) is not None:
+            run = lambda slot, keep=keep: keep(slot, residual)  # noqa: E731
+            shapes = jax.eval_shape(run, jax.tree.map(lambda leaf: leaf[0], port.slots))
             empty = lambda shapes=shapes: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)  # noqa: E731
             found[port.name] = _call(port, layer, run, empty)
     return found

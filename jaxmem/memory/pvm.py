@@ -296,7 +296,7 @@ def append(old: PVMState | None, new: PVMState | None) -> PVMState | None:
 
 def keep(state: PVMState, kept: tuple[Array, Array]) -> PVMState:
     """The memory with the keys and values [slots, B, M, K, H] that its branches made of a prompt's hidden states."""
-    return state.replace(keys=kept[0], values=kept[1])
+    return dataclasses.replace(state, keys=kept[0], values=kept[1])
 
 
 def visible(config: PVMConfig, state: PVMState, stream: Stream) -> Array:

@@ -175,8 +175,7 @@ def extend(spec: Spec, base: Any, memory: Any, cache: Cache, batch: Batch) -> tu
         def write_and_look(query: Array, key: Array, value: Array) -> tuple[Array, KeysValues]:
             put = lambda leaf, part: _write(leaf, jnp.swapaxes(part, 1, 2), start, 1)  # noqa: E731
             kept = put(old[0], key), put(old[1], value)
-            seen = [jnp.swapaxes(leaf, 1, 2) for leaf in kept]
-            return attend(query, *seen, mask), kept
+            return attend(query, jnp.swapaxes(kept[0], 1, 2), jnp.swapaxes(kept[1], 1, 2), mask), kept
 
         return write_and_look
 
@@ -219,17 +218,18 @@ def step(
     """
     tail = cache.tail
     assert tail is not None, "fork the cache before the first step"
-    here = jnp.broadcast_to(tail.index, tokens.shape)
+    index = tail.index
+    here = jnp.broadcast_to(index, tokens.shape)
     segments = jnp.where(active, cache.segment[:, None], 0)
     stream = Stream(cache.length[:, None] + here, segments, jnp.zeros_like(active), cache.stream.blind)
-    written = jax.lax.dynamic_update_slice_in_dim(tail.segments, segments[..., None], tail.index, axis=2)
+    written = jax.lax.dynamic_update_slice_in_dim(tail.segments, segments[..., None], index, axis=2)
     trunk_mask = decoder.visible(stream, cache.stream)[:, :, None]
     own_mask = ((written == segments[..., None]) & (segments > 0)[..., None])[:, :, None]
 
     def look(trunk: KeysValues, own: KeysValues) -> Look:
         def write_and_look(query: Array, key: Array, value: Array) -> tuple[Array, KeysValues]:
             put = lambda leaf, part: jax.lax.dynamic_update_slice_in_dim(  # noqa: E731
-                leaf, part[:, :, :, None].astype(leaf.dtype), tail.index, axis=3
+                leaf, part[:, :, :, None].astype(leaf.dtype), index, axis=3
             )
             kept = put(own[0], key), put(own[1], value)
             return attend_branches(query[:, :, None], trunk, kept, trunk_mask, own_mask)[:, :, 0], kept
@@ -245,4 +245,4 @@ def step(
         [look(*pair) for pair in zip(cache.layers, tail.layers, strict=True)],
         ports=memory_ports(spec, memory, cache.states, stream),
     )
-    return final_norm(spec, base, x), dataclasses.replace(cache, tail=Tail(kept, written, tail.index + 1))
+    return final_norm(spec, base, x), dataclasses.replace(cache, tail=Tail(kept, written, index + 1))

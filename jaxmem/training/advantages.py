@@ -41,8 +41,8 @@ class AdvantageConfig:
                 raise ConfigError(
                     f"advantage.{name}: {getattr(self, name)!r} is none of {', '.join(map(str, allowed))}"
                 )
-        if self.eps < 0:
-            raise ConfigError(f"advantage.eps must not be negative, got {self.eps}")
+        if self.eps <= 0:
+            raise ConfigError(f"advantage.eps must be positive, got {self.eps}: a standard deviation may be 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def advantages(config: AdvantageConfig, rewards: np.ndarray, weights: np.ndarray
         raise ValueError("a group of 1 has no relative advantage: its reward is its mean; use at least 2 completions")
     total = _weighted(rewards, weights)
     centred, std = _centred(total, config.ddof)
-    dead = _constant(total) if config.aggregate == "sum_then_normalize" else _constant(rewards).all(axis=-1)
+    dead = _constant(total) if config.aggregate == "sum_then_normalize" else np.all(_constant(rewards), axis=-1)
     if config.aggregate == "normalize_then_sum":
         apart, spread = _centred(np.swapaxes(rewards, 1, 2), config.ddof)
         each = np.swapaxes(apart / (spread[..., None] + config.eps), 1, 2)
@@ -116,4 +116,4 @@ def _constant(values: np.ndarray) -> np.ndarray:
     """[B, G, ...] -> [B, ...]: are all values of a group that are there equal, to the last bit?"""
     highest = np.where(np.isnan(values), -np.inf, values).max(axis=1)
     lowest = np.where(np.isnan(values), np.inf, values).min(axis=1)
-    return highest <= lowest
+    return np.asarray(highest <= lowest)

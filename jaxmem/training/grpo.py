@@ -111,7 +111,7 @@ def make_update(
     def update(state: TrainState, frozen: Tree, samples: Samples) -> Any:
         def total(params: Tree, part: Samples, key: jax.Array) -> Any:
             logprobs, entropies = score(params, frozen, part)
-            flat = lambda leaf: None if leaf is None else leaf.reshape(-1, *leaf.shape[2:])  # noqa: E731
+            flat = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])  # noqa: E731
             sums = policy_loss(
                 loss,
                 flat(logprobs),
@@ -119,7 +119,7 @@ def make_update(
                 part.advantages.reshape(-1),
                 flat(part.mask),
                 max_length,
-                flat(part.reference),
+                None if part.reference is None else flat(part.reference),
             )
             return sums.loss, (sums, (logprobs, entropies))
 

@@ -117,7 +117,9 @@ def shares(seconds: Mapping[str, float]) -> dict[str, float]:
 
 def events(played: Played, compared: Advantages) -> list[dict[str, Any]]:
     """What went differently from what a user may expect, by name: failed rewards, empty completions, no signal."""
-    found = [{"event": "reward_failed", "detail": message} for scored in played.scored for message in scored.messages]
+    found: list[dict[str, Any]] = [
+        {"event": "reward_failed", "detail": message} for scored in played.scored for message in scored.messages
+    ]
     empty = int((played.rolled.lengths == 0).sum())
     if empty:
         found.append({"event": "empty_completions", "count": empty})

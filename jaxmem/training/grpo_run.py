@@ -129,14 +129,13 @@ class Trainer:
         leaves, structure = jax.tree.flatten(samples)
         parts = [structure.unflatten(part) for part in zip(*map(cut, leaves), strict=True)]
         parts = [self._anchored(state, loop.place(part, self.loop.accumulate, self.mesh)) for part in parts]
-        sums, about, before = [], [], None
-        for _ in range(config.iterations):
-            for part in parts:
-                state, total, facts, found = self.update(state, self.frozen, part)
-                before = (part, *found) if before is None else before
-                sums.append(total)
-                about.append(facts)
-        return state, grpo_metrics.Learnt(sums, about, before)
+        sums, about, kept = [], [], []
+        for part in parts * config.iterations:
+            state, total, facts, found = self.update(state, self.frozen, part)
+            sums.append(total)
+            about.append(facts)
+            kept = kept or [found]
+        return state, grpo_metrics.Learnt(sums, about, (parts[0], *kept[0]))
 
     def _anchored(self, state: TrainState, part: Samples) -> Samples:
         """The minibatch [A, B, ...] with the log-probabilities that must be known before the first update."""

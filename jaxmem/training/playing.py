@@ -47,7 +47,7 @@ class Played:
     scored: tuple[Scored, ...]
     seconds: dict[str, float]
 
-    def take(self, rows: Sequence[int]) -> Played:
+    def take(self, rows: Sequence[int] | np.ndarray) -> Played:
         """Some of the prompts; the accounts stay whole."""
         index = np.asarray(rows, int)
         return dataclasses.replace(

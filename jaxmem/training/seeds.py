@@ -49,7 +49,7 @@ def each(config: TrainConfig, train: Callable[[TrainConfig], Any]) -> list[Any]:
     for all that come later.
     """
     folder = Path(config.output)
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # pyrefly: ignore[missing-attribute]
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute() / COMPILED))
     return [
         train(dataclasses.replace(config, seed=seed, seeds=(), output=str(folder / f"seed_{seed}")))
