@@ -220,7 +220,7 @@ def _shown(text: Any, longest: int = _LONGEST) -> str:
     if len(text) <= longest:
         return text
     half = longest // 2
-    return f"{text[:half]} … {len(text) - 2 * half} characters … {text[-half:]}"
+    return f"{text[:half]} … {len(text) - 2 * half} characters left out … {text[-half:]}"
 
 
 def _number(value: Any, sign: str = "") -> str:
