@@ -57,7 +57,7 @@ _JSON = Flag("json", "bool", False, "print one JSON object and nothing else")
 VERBS: Mapping[str, Verb] = {
     "train": Verb(
         "jaxmem.training.run:main",
-        "train a memory on a frozen backbone; running the same command again resumes",
+        "train a memory from examples or by rewards; running the same command again resumes",
         config="required",
         example="jaxmem train --config=configs/digits_quickstart.py",
     ),
@@ -85,6 +85,12 @@ VERBS: Mapping[str, Verb] = {
             Flag("dtype", "text", None, "float32, bfloat16 or float16 (default: as stored)"),
         ),
         example='jaxmem generate --image=board.png --prompt="Which digit is in row 1, column 2?"',
+    ),
+    "study": Verb(
+        "jaxmem.analysis.study:main",
+        "train several arms with several seeds and compare them; running the same command again resumes",
+        config="required",
+        example="jaxmem study --config=configs/digits_benchmark.py",
     ),
     "reward": Verb(
         "jaxmem.training.rewards.cli:main",

@@ -138,6 +138,10 @@ class Pipeline:
         """The batches of the first epoch."""
         return self.steps(0, self.steps_per_epoch)
 
+    def pick(self, indices: Sequence[int]) -> Rows:
+        """The batch of chosen records, which may be fewer; those that cannot be used are rejected as in `steps`."""
+        return self._rows(list(dict.fromkeys(indices)))
+
     def _rows(self, indices: Sequence[int]) -> Rows:
         """Encodes, assembles and fills up one batch."""
         usable = {}

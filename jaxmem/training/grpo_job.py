@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 
 from jaxmem.api import Model
 from jaxmem.data.pipeline import Pipeline, Rejections
+from jaxmem.data.records import name_of
 from jaxmem.distributed.mesh import batch_sharding
-from jaxmem.errors import ConfigError
+from jaxmem.errors import ConfigError, DataError
 from jaxmem.training import descent, grpo, grpo_run, sft, trees
 from jaxmem.training.descent import TrainState
 from jaxmem.training.grpo_settings import GRPOConfig
@@ -25,6 +26,8 @@ from jaxmem.training.playing import Player
 from jaxmem.training.prompts import batch_of, encoder
 from jaxmem.training.rewards.runner import RewardRunner
 from jaxmem.training.settings import DataConfig, TrainConfig
+
+_TRIED = 100  # records among which one must be usable for the self-test of the rewards
 
 
 def open_rewards(
@@ -37,8 +40,15 @@ def open_rewards(
     """
     if config.grpo is None:
         return contextlib.nullcontext()
-    first = encoder(model.processor)(source[0])
-    return RewardRunner(config.grpo.rewards, first.columns, first.messages)
+    encode, faults = encoder(model.processor), []
+    for index in range(min(len(source), _TRIED)):
+        try:
+            first = encode(source[index])
+        except Exception as error:  # whether too many are unusable is the pipeline's question
+            faults.append(f"{name_of(source, index)}: {error}")
+            continue
+        return RewardRunner(config.grpo.rewards, first.columns, first.messages)
+    raise DataError(f"none of the first {len(faults)} records is a prompt; the first fault: {faults[0]}")
 
 
 def prompts_pipeline(
@@ -88,8 +98,7 @@ def prepare(
         seed=config.seed,
         player=player,
         sampler=method.sampler(model.sampler()),
-        source=source,
-        encode=data.encode,
+        data=data,
         update=grpo.make_update(score, method.loss, config.optimizer, steps, trainable, method.max_new_tokens),
         score=grpo_run.compiled_score(score),
         cast=grpo_run.caster(dtype),

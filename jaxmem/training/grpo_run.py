@@ -41,7 +41,7 @@ class Trainer:
       seed: of blindfolds and resampled prompts.
       player: samples and judges.
       sampler: of the rollouts.
-      source, encode: the dataset, for prompts that replace others.
+      data: the dataset, for prompts that replace others.
       update: from `grpo.make_update`.
       score: compiled, from `grpo.make_score`.
       cast: trainable -> the weights that sample.
@@ -57,8 +57,7 @@ class Trainer:
     seed: int
     player: Player
     sampler: SamplerConfig
-    source: Sequence[Any]
-    encode: Callable[[Any], Any]
+    data: Pipeline
     update: Callable[..., Any]
     score: Callable[..., Any]
     cast: Callable[[Tree], Tree]
@@ -94,8 +93,8 @@ class Trainer:
 
         def again(attempt: int) -> Played | None:
             draw = np.random.default_rng((self.seed, done, attempt, 0xD4A0))
-            chosen = draw.integers(len(self.source), size=self.loop.batch_size)
-            return play([self.encode(self.source[int(i)]) for i in chosen], [f"row {i}" for i in chosen], attempt)
+            found = self.data.pick(draw.integers(len(self.data.source), size=self.loop.batch_size).tolist())
+            return play(found.examples, found.names, attempt) if found.examples else None
 
         dead = lambda played: self._compare(played).dead  # noqa: E731
         return resampled(play(rows.examples, rows.names, 0), dead, again, self.config.resample)
@@ -114,7 +113,7 @@ class Trainer:
             mask &= ~rolled.truncated[..., None]
         player = self.player
         return Samples(
-            prompts=batch_of(played.prompts, player.buckets, player.processor.pad_token, rows),
+            prompts=batch_of(played.prompts, player.buckets, player.processor.pad_token, rows, played.blind),
             tokens=fill(rolled.tokens[..., :width]),
             lengths=fill(rolled.lengths),
             mask=fill(mask[..., :width].astype(np.float32)),
@@ -128,14 +127,15 @@ class Trainer:
         cut = lambda leaf: np.split(np.asarray(leaf), config.minibatches)  # noqa: E731
         leaves, structure = jax.tree.flatten(samples)
         parts = [structure.unflatten(part) for part in zip(*map(cut, leaves), strict=True)]
-        parts = [self._anchored(state, loop.place(part, self.loop.accumulate, self.mesh)) for part in parts]
+        sampled = [loop.place(part, self.loop.accumulate, self.mesh) for part in parts]
+        parts = [self._anchored(state, part) for part in sampled]
         sums, about, kept = [], [], []
         for part in parts * config.iterations:
             state, total, facts, found = self.update(state, self.frozen, part)
             sums.append(total)
             about.append(facts)
             kept = kept or [found]
-        return state, grpo_metrics.Learnt(sums, about, (parts[0], *kept[0]))
+        return state, grpo_metrics.Learnt(sums, about, (sampled[0], *kept[0]))
 
     def _anchored(self, state: TrainState, part: Samples) -> Samples:
         """The minibatch [A, B, ...] with the log-probabilities that must be known before the first update."""

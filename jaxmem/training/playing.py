@@ -33,6 +33,7 @@ class Played:
       prompts: B of them.
       names: of their records.
       rolled: arrays [B, G, N].
+      blind: [B] bool, prompts whose text could not see the image in the backbone.
       texts: B lists of G completions, decoded.
       rewards: [B, G, F] float64, NaN where a function does not apply or failed.
       scored: one account per call of the reward functions.
@@ -42,6 +43,7 @@ class Played:
     prompts: tuple[Prompt, ...]
     names: tuple[str, ...]
     rolled: Rollout
+    blind: np.ndarray
     texts: tuple[tuple[str, ...], ...]
     rewards: np.ndarray
     scored: tuple[Scored, ...]
@@ -55,6 +57,7 @@ class Played:
             prompts=tuple(self.prompts[i] for i in index),
             names=tuple(self.names[i] for i in index),
             rolled=jax.tree.map(lambda leaf: leaf[index], self.rolled),
+            blind=self.blind[index],
             texts=tuple(self.texts[i] for i in index),
             rewards=self.rewards[index],
         )
@@ -64,6 +67,7 @@ class Played:
             self.prompts + other.prompts,
             self.names + other.names,
             jax.tree.map(lambda a, b: np.concatenate([a, b]), self.rolled, other.rolled),
+            np.concatenate([self.blind, other.blind]),
             self.texts + other.texts,
             np.concatenate([self.rewards, other.rewards]),
             self.scored + other.scored,
@@ -117,8 +121,8 @@ class Player:
           DataError: prompt and completion do not fit into the backbone's positions.
         """
         began, count = time.perf_counter(), len(prompts)
-        batch = batch_of(prompts, self.buckets, self.processor.pad_token, self.rows)
-        batch = put(batch if blind is None else dataclasses.replace(batch, blind=blind), self.sharding)
+        blind = np.zeros(self.rows, bool) if blind is None else blind
+        batch = put(batch_of(prompts, self.buckets, self.processor.pad_token, self.rows, blind), self.sharding)
         rolled = rollout(self.spec, tree["base"], tree.get("memory", {}), batch, settings, key, group)
         rolled = jax.tree.map(lambda leaf: leaf[:count], rolled)
         texts = tuple(
@@ -129,14 +133,15 @@ class Player:
         scored = self._judge(prompts, texts, rolled)
         seconds = {"rollout": sampled - began, "reward": time.perf_counter() - sampled}
         rewards = scored.values.reshape(count, group, -1)
-        return Played(tuple(prompts), tuple(names), rolled, texts, rewards, (scored,), seconds)
+        return Played(tuple(prompts), tuple(names), rolled, blind[:count], texts, rewards, (scored,), seconds)
 
     def _judge(self, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], rolled: Rollout) -> Scored:
         """All completions in one call, [B * G] rows."""
         group = rolled.tokens.shape[1]
         repeated = [prompt for prompt in prompts for _ in range(group)]
         ids = [row[:length].tolist() for row, length in _members(rolled.tokens, rolled.lengths)]
-        columns = {name: [prompt.columns.get(name) for prompt in repeated] for name in prompts[0].columns}
+        names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+        columns = {name: [prompt.columns.get(name) for prompt in repeated] for name in names}
         mean = [
             float(row[:length].mean()) if length else 0.0 for row, length in _members(rolled.logprobs, rolled.lengths)
         ]

@@ -69,11 +69,31 @@ def columns_of(record: Any) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key != "messages"} if isinstance(record, dict) else {}
 
 
-def batch_of(prompts: Sequence[Prompt], buckets: Buckets, pad_token: int, rows: int | None = None) -> Batch:
-    """A batch of `rows` prompts: those given, then copies of the first as padding, of which nothing is computed."""
+def batch_of(
+    prompts: Sequence[Prompt],
+    buckets: Buckets,
+    pad_token: int,
+    rows: int | None = None,
+    blind: np.ndarray | None = None,
+) -> Batch:
+    """A batch of `rows` prompts: those given, then copies of the first that count as padding.
+
+    Args:
+      prompts: at least one.
+      buckets: allowed lengths.
+      pad_token: fills up.
+      rows: of the batch; as many as prompts when None.
+      blind: prompts whose text cannot see the image in the backbone, the first ones of [rows] at least.
+
+    Raises:
+      DataError: a prompt exceeds the longest bucket.
+    """
     prompts = list(prompts)
     missing = (rows or len(prompts)) - len(prompts)
     batch = collate([prompt.example for prompt in prompts + prompts[:1] * missing], buckets, pad_token)
     segments = np.array(batch.segments)
     segments[len(prompts) :] = 0
-    return dataclasses.replace(batch, segments=segments)
+    hidden = np.zeros(len(segments), bool)
+    if blind is not None:
+        hidden[: len(prompts)] = blind[: len(prompts)]
+    return dataclasses.replace(batch, segments=segments, blind=hidden)

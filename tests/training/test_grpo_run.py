@@ -49,7 +49,14 @@ def settings(folder, output, rewards=("tests.training.judges:vowels",), loop=Non
         | {"rewards": {"functions": rewards, "workers": 1}}
         | (grpo or {}),
         "optimizer": {"learning_rate": 1e-2, "schedule": "constant", "warmup_ratio": 0.0},
-        "loop": {"steps": STEPS, "batch_size": PROMPTS, "checkpoint_every": 1, "progress": False, "tensorboard": False}
+        "loop": {
+            "steps": STEPS,
+            "batch_size": PROMPTS,
+            "checkpoint_every": 1,
+            "progress": False,
+            "tensorboard": False,
+            "p_block": 0.5,
+        }
         | (loop or {}),
         "remat": False,
     } | changes
@@ -198,7 +205,8 @@ def played(rewards, lengths, truncated):
     rolled = playing.Rollout(zeros.astype(np.int32), zeros, kinds, lengths, np.asarray(truncated))
     names = tuple(f"row {i}" for i in range(len(rewards)))
     texts = (("",),) * len(rewards)
-    return playing.Played(tuple(range(len(rewards))), names, rolled, texts, rewards, (), {"rollout": 0.0})
+    blind = np.zeros(len(rewards), bool)
+    return playing.Played(tuple(range(len(rewards))), names, rolled, blind, texts, rewards, (), {"rollout": 0.0})
 
 
 def test_check_37_truncated_dead_and_unjudged_completions_are_in_no_sum(folder, monkeypatch):
