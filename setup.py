@@ -50,6 +50,7 @@ EXTRAS = {
         *MATH,
         *NOTEBOOK,
         "pytest>=8.3",
+        "pytest-xdist>=3.6",  # one process per core
         "chex>=0.1.90",
         "nbformat>=5.10",
         "nbclient>=0.10",

@@ -6,9 +6,9 @@
 Every arm starts from the shipped tiny backbone and trains on boards with no word or 128 words between image and
 question (`lora_long`: up to 512). Tests reach 1,024 words. A seed drives initial weights, training boards and test
 boards. What was chosen to keep the time: training steps are at most `steps` (the quickstart takes 400; schedules end
-with the last step, and all arms have the same number); the main arms are tested on 3 x 352 boards per length, the
-others on 3 x 96; 1,024 words are read by memory off and PVM alone; LoRA's ranks and rates are tried for 60 steps and
-compared on training digits with boards of their own.
+with the last step, and all arms have the same number); the main arms are tested on 3 x 352 boards per length up
+to 512 words, the others on 3 x 96; 1,024 words are read by memory off and PVM alone, on 3 x 120 boards; LoRA's ranks
+and rates are tried for 60 steps and compared on training digits with boards of their own.
 
 The same command goes on after an interruption. Single values can be changed, for a look: `--config.boards=8
 --config.steps=3 --config.order="('off','pvm')"`.
@@ -23,6 +23,7 @@ from jaxmem.config import choose, load
 HERE = Path(__file__).parent
 PLAIN = {"memory": None, "optimizer": {"multipliers": ()}, "loop": {"p_block": 0.0}}
 MAIN = ("off", "pvm", "mlp", "lora")
+ORDER = (*MAIN[:3], "grpo_all", "grpo_memory", "grpo_language", "lora", "pvm_plain", "full", "lora_long")
 SIZES = {
     "short": {"steps": 250, "some": 96, "most": 120, "farthest": ("off", "pvm")},
     "long": {"steps": 400, "some": 352, "most": 352, "farthest": ()},
@@ -42,7 +43,7 @@ def get_config(size: str = "short") -> ConfigDict:
             "boards": 352,
             "steps": chosen["steps"],
             "base": base(),
-            "order": tuple(arms),
+            "order": ORDER,
             "arms": arms,
             "tests": {
                 "near": exam(352, 32, MAIN, **near),
