@@ -22,6 +22,7 @@ from jaxmem.sampling.rollout import Rollout, rollout
 from jaxmem.training.loop import put
 from jaxmem.training.prompts import Prompt, batch_of
 from jaxmem.training.rewards.runner import RewardRunner, Scored
+from jaxmem.training.sft import gates
 from jaxmem.training.trees import Tree
 
 
@@ -130,13 +131,14 @@ class Player:
             for member in zip(rolled.tokens, rolled.lengths, strict=True)
         )
         sampled = time.perf_counter()
-        scored = self._judge(prompts, texts, rolled)
+        scored = self._judge(prompts, texts, rolled, tree)
         seconds = {"rollout": sampled - began, "reward": time.perf_counter() - sampled}
         rewards = scored.values.reshape(count, group, -1)
         return Played(tuple(prompts), tuple(names), rolled, blind[:count], texts, rewards, (scored,), seconds)
 
-    def _judge(self, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], rolled: Rollout) -> Scored:
-        """All completions in one call, [B * G] rows."""
+    def _judge(self, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], rolled: Rollout, tree: Tree) -> Scored:
+        """All completions in one call, [B * G] rows. Diagnostics say how each came about, with the memories' gates."""
+        open_gates = {name: float(value) for name, value in gates(self.spec, tree).items()}
         group = rolled.tokens.shape[1]
         repeated = [prompt for prompt in prompts for _ in range(group)]
         ids = [row[:length].tolist() for row, length in _members(rolled.tokens, rolled.lengths)]
@@ -153,7 +155,7 @@ class Player:
             columns,
             images=[prompt.images for prompt in repeated],
             diagnostics=[
-                {"length": len(one), "truncated": end, "mean_logprob": level}
+                {"length": len(one), "truncated": end, "mean_logprob": level, "gates": open_gates}
                 for one, end, level in zip(ids, cut, mean, strict=True)
             ],
         )

@@ -117,20 +117,16 @@ class PolicySums(NamedTuple):
     Attributes:
       loss, denominator: numerator and divisor of the loss.
       tokens: sampled tokens that count.
-      rows: completions that count.
       kl: sum of k3 over the tokens that count.
       clipped_low, clipped_high: tokens whose ratio was clipped from below and from above.
-      gap: sum of |new - old| log-probabilities.
     """
 
     loss: jax.Array
     denominator: jax.Array
     tokens: jax.Array
-    rows: jax.Array
     kl: jax.Array
     clipped_low: jax.Array
     clipped_high: jax.Array
-    gap: jax.Array
 
 
 def policy_loss(
@@ -176,10 +172,7 @@ def policy_loss(
         loss = loss + config.kl_weight * divergence
     numerator, denominator = _normalised(config.recipe.normaliser, jnp.where(mask > 0, loss, 0.0), mask, max_length)
     total = lambda leaf: jax.lax.stop_gradient(jnp.sum(leaf * mask))  # noqa: E731
-    rows = jnp.sum(jnp.any(mask > 0, axis=1).astype(jnp.float32))
-    return PolicySums(
-        numerator, denominator, jnp.sum(mask), rows, total(divergence), total(low), total(high), total(jnp.abs(counted))
-    )
+    return PolicySums(numerator, denominator, jnp.sum(mask), total(divergence), total(low), total(high))
 
 
 def k3(logprobs: jax.Array, reference: jax.Array, mask: jax.Array) -> jax.Array:
