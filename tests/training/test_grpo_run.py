@@ -161,6 +161,18 @@ def test_groups_without_signal_are_counted_and_change_nothing(folder, tmp_path):
     assert event["event"] == "no_signal" and event["step"] == 1
 
 
+@pytest.mark.slow
+def test_a_mesh_samples_and_learns_the_same(folder, tmp_path):
+    """Weights cut over two devices, prompts over four: the completions are those of one device."""
+    one, many = (
+        run.train(settings(folder, tmp_path / name, loop={"steps": 2}, **mesh))
+        for name, mesh in (("one", {}), ("many", {"mesh": {"data": 2, "fsdp": 2, "tensor": 1}}))
+    )
+    assert many.metrics["reward"] == one.metrics["reward"]
+    for ours, theirs in zip(leaves(many.model.base), leaves(one.model.base), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
 def test_seeds_are_runs_of_their_own(folder, tmp_path, capsys):
     config = settings(folder, tmp_path, loop={"steps": 1}, seeds=[3, 5])
     with pytest.raises(ConfigError, match="one run"):
