@@ -50,7 +50,7 @@ def run(
     pixels: tuple[int, int] = PIXELS,
     shared_pixels: tuple[int, int] = SHARED_PIXELS,
 ) -> list[Comparison]:
-    """Measures both comparisons.
+    """Measures all three: against TRL with small and with large images, and sharing against not sharing.
 
     Args:
       config: the backbone; 5 layers of width 512 by default.
@@ -75,6 +75,9 @@ def run(
         )
         task = _task(SHARED_PROMPTS, new, shared_pixels)
         visual = model.processor.image_tokens(shared_pixels)
+        label = f"GRPO step, {SHARED_PROMPTS} x {GROUP} x {new} tokens, {visual} visual tokens"
+        sides = {"ours": jax_step(model, task), "peer": trl_step(folder, task)}
+        against += _compare(label, "ours / TRL >= 3", task, sides, peer_runs)
         sides = {"ours": jax_step(model, task), "peer": jax_step(model, task, share=False)}
         shared = _compare(f"shared prompt, {visual} visual tokens", "on / off >= 2", task, sides, runs)
     return [*against, *shared]

@@ -38,13 +38,14 @@ def test_compile_measures_both_depths_from_an_empty_cache() -> None:
 def test_grpo_measures_both_sides_and_their_phases() -> None:
     config = models.backbone(layers=4, width=64, mlp_width=96, heads=2, kv_heads=1, vocab=600)  # 557 tokens and room
     found = rollouts.run(config, prompts=1, new=3, runs=1, peer_runs=1, pixels=(64, 64), shared_pixels=(64, 64))
-    against, shared = found[0], found[4]
-    for whole, phases in ((against, found[1:4]), (shared, found[5:])):
+    parts = [(found[at], found[at + 1 : at + 4]) for at in range(0, len(found), 4)]
+    assert len(parts) == 3
+    for whole, phases in parts:
         assert [phase.name.strip() for phase in phases] == ["rollout", "rewards", "update"]
         assert whole.ratio == pytest.approx(whole.ours / whole.peer)
         spent = sum(phase.runs["peer"][0] for phase in phases)
         assert whole.runs["peer"] == [pytest.approx(rollouts.GROUP / spent)]
-    assert "4 visual tokens" in shared.name
+    assert all("4 visual tokens" in whole.name for whole, _ in parts[1:])
 
 
 def test_json_holds_what_tools_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
