@@ -24,7 +24,6 @@ from jaxmem import config as configs
 from jaxmem.analysis import board_report
 from jaxmem.analysis import report as html
 from jaxmem.analysis.attention import image_mass
-from jaxmem.analysis.report import Table
 from jaxmem.api import Model
 from jaxmem.data.boards import BoardDataset
 from jaxmem.errors import CheckpointError, ConfigError
@@ -83,7 +82,7 @@ class DigitBoards:
         zero = _recall(folder, "gate_zero")
         same = bool(zero) and zero["base"] == _digest(model.base)
         table = board_report.results_table(off, on, (_zero_note(zero), _frozen_note(same)))
-        _print(table)
+        html.show(table)
         facts = board_report.facts(model, history, off, on)
         page = board_report.page(self.test, self.shown, table, off, on, history, facts, config)
         path = html.write(page, Path(folder) / REPORT)
@@ -123,23 +122,6 @@ def _frozen_note(same: bool) -> str:
     if not same:
         return "The backbone's weights are NOT those from before the training."
     return "After training the backbone's weights are unchanged, bit for bit (SHA-256)."
-
-
-def _print(table: Table) -> None:
-    """The table on the terminal."""
-    from rich import box, console
-    from rich import table as rich_table
-
-    shown = rich_table.Table(box=box.SIMPLE_HEAD)
-    for index, name in enumerate(table.columns):
-        shown.add_column(name, justify="left" if not index else "right", style="bold" if index in table.strong else "")
-    for index, row in enumerate(table.rows):
-        shown.add_row(*row, end_section=index + 1 in table.rules)
-    out = console.Console(highlight=False)
-    out = out if out.is_terminal else console.Console(highlight=False, width=120)
-    out.print(shown)
-    for note in table.notes:
-        out.print(note, markup=False)
 
 
 def _prove(model: Model, settings: DigitBoards) -> dict[str, Any]:

@@ -44,6 +44,23 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
+def show(table: Table, title: str | None = None, width: int = 120) -> None:
+    """Prints a table; `width` is that of a file or a pipe."""
+    from rich import box, console
+    from rich import table as rich_table
+
+    shown = rich_table.Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    for index, name in enumerate(table.columns):
+        shown.add_column(name, justify="left" if not index else "right", style="bold" if index in table.strong else "")
+    for index, row in enumerate(table.rows):
+        shown.add_row(*row, end_section=index + 1 in table.rules)
+    out = console.Console(highlight=False)
+    out = out if out.is_terminal else console.Console(highlight=False, width=width)
+    out.print(shown)
+    for note in table.notes:
+        out.print(note, markup=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class Charts:
     """A section of charts (SVG text, see `jaxmem.analysis.svg`) under a title and a sentence."""

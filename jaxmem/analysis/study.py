@@ -26,6 +26,7 @@ from jaxmem.analysis.study_results import ArmResult, Choice, Results
 from jaxmem.analysis.study_runs import TOOLS, Found, Tools, Unit
 from jaxmem.analysis.study_settings import Study, open_study
 from jaxmem.errors import JaxmemError
+from jaxmem.training.seeds import share_programs
 
 COMPILED, SECONDS, SETTINGS = "compiled", "seconds.json", "study_config.json"
 _START = "import sys; from jaxmem.analysis import study; sys.exit(study.worker(*sys.argv[1:]))"
@@ -85,15 +86,6 @@ def worker(settings: str, cores: str, parent: str) -> int:
         print(f"jaxmem study, a worker: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def share_programs(folder: Path) -> None:
-    """Keeps compiled programs in a folder, unless the user has one already: runs that differ in seeds share them."""
-    import jax
-
-    if jax.config.jax_compilation_cache_dir is None:  # pyrefly: ignore[missing-attribute]
-        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _gather(study: Study, found: dict[Unit, Found], choices: dict[str, Choice]) -> list[Unit]:

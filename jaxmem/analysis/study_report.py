@@ -53,7 +53,7 @@ def publish(study: Study, results: Results, folder: Path, seconds: float, last: 
     """
     page = Page(_tables(results), claims(results, study.config), _facts(study, results, seconds, last))
     for title, table in page.tables:
-        tables.show_on_terminal(title, table)
+        html.show(table, title, width=160)
     for one in page.claims:
         print(f"- {one}")
     (folder / JSON).write_text(json.dumps(as_json(study, results, page), indent=1) + "\n", encoding="utf-8")

@@ -109,23 +109,6 @@ def html(table: Table) -> str:
     return f'<div class="scroll"><table>{"".join(rows)}</table></div>{notes}'
 
 
-def show_on_terminal(title: str, table: Table) -> None:
-    """Prints a table."""
-    from rich import box, console
-    from rich import table as rich_table
-
-    shown = rich_table.Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
-    for index, name in enumerate(table.columns):
-        shown.add_column(name, justify="right" if index else "left")
-    for row in table.rows:
-        shown.add_row(*row)
-    out = console.Console(highlight=False)
-    out = out if out.is_terminal else console.Console(highlight=False, width=160)
-    out.print(shown)
-    for note in table.notes:
-        out.print(note, markup=False)
-
-
 def machine() -> str:
     """Cores and the processor's name, where the system tells."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

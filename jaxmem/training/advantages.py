@@ -81,13 +81,13 @@ def advantages(config: AdvantageConfig, rewards: np.ndarray, weights: np.ndarray
         raise ValueError(f"rewards {rewards.shape} and weights {weights.shape} should be [B, G, F] and [F]")
     if rewards.shape[1] < 2:
         raise ValueError("a group of 1 has no relative advantage: its reward is its mean; use at least 2 completions")
-    total = _weighted(rewards, weights)
+    total = weighted(rewards, weights)
     centred, std = _centred(total, config.ddof)
     dead = _constant(total) if config.aggregate == "sum_then_normalize" else np.all(_constant(rewards), axis=-1)
     if config.aggregate == "normalize_then_sum":
         apart, spread = _centred(np.swapaxes(rewards, 1, 2), config.ddof)
         each = np.swapaxes(apart / (spread[..., None] + config.eps), 1, 2)
-        mixed, overall = _centred(_weighted(each, weights).reshape(1, -1), config.ddof)
+        mixed, overall = _centred(weighted(each, weights).reshape(1, -1), config.ddof)
         advantage = (mixed / (overall[:, None] + config.eps)).reshape(total.shape)
     elif config.scale == "batch":
         advantage = centred / (_centred(total.reshape(1, -1), config.ddof)[1] + config.eps)
@@ -97,8 +97,8 @@ def advantages(config: AdvantageConfig, rewards: np.ndarray, weights: np.ndarray
     return Advantages(advantage, total, std, dead)
 
 
-def _weighted(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """[..., F] -> [...] sum of what applies; NaN where nothing does."""
+def weighted(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Rewards [..., F] and weights [F] -> [...], the sum of what applies; NaN where nothing does."""
     return np.where(np.isnan(values).all(axis=-1), np.nan, np.nansum(values * weights, axis=-1))
 
 

@@ -14,11 +14,12 @@ import jax
 import numpy as np
 
 from jaxmem.data.images import load_image
-from jaxmem.training.advantages import Advantages
+from jaxmem.training.advantages import Advantages, weighted
 from jaxmem.training.grpo import Samples
 from jaxmem.training.playing import Played
 from jaxmem.training.policy import PolicySums
 from jaxmem.training.rewards.hacks import hack_metrics
+from jaxmem.training.rewards.scored import means
 from jaxmem.training.rewards.settings import RewardConfig
 
 _THUMBNAIL = 160
@@ -43,16 +44,11 @@ class Learnt:
 
 def of_rewards(played: Played, config: RewardConfig) -> dict[str, float]:
     """reward, rewards/<function>/..., completions/..., hacks/... of some groups."""
-    rewards = np.where(np.isnan(played.rewards), 0.0, played.rewards) @ np.asarray(config.weights)
-    rewards = np.where(np.isnan(played.rewards).all(axis=-1), np.nan, rewards).reshape(-1)
+    rewards = weighted(played.rewards, np.asarray(config.weights)).reshape(-1)
     given = rewards[~np.isnan(rewards)]
     found = {"reward": _mean(given), "reward_std": float(given.std(ddof=1)) if len(given) > 1 else 0.0}
-    for place, label in enumerate(config.labels):
-        column = played.rewards[..., place].reshape(-1)
-        column = column[~np.isnan(column)]
-        if len(column):
-            found[f"rewards/{label}/mean"] = _mean(column)
-            found[f"rewards/{label}/std"] = float(column.std(ddof=1)) if len(column) > 1 else 0.0
+    found |= means(config.labels, _rows(played.rewards))
+    for label in config.labels:
         for kind in ("errors", "timeouts"):
             failed = sum(getattr(scored, kind)[label] for scored in played.scored)
             found[f"rewards/{label}/{kind[:-1]}_rate"] = failed / sum(len(scored.values) for scored in played.scored)
@@ -60,7 +56,7 @@ def of_rewards(played: Played, config: RewardConfig) -> dict[str, float]:
     ids = [
         row[:length] for row, length in zip(_rows(played.rolled.tokens), played.rolled.lengths.reshape(-1), strict=True)
     ]
-    hacks = hack_metrics(played.rewards.reshape(-1, len(judges)), judges, ids, rewards)
+    hacks = hack_metrics(_rows(played.rewards), judges, ids, rewards)
     return {**found, **of_lengths(played), **hacks}
 
 
@@ -115,7 +111,7 @@ def shares(seconds: Mapping[str, float]) -> dict[str, float]:
     return {"step_time": total, **{f"time/{phase}": value / max(total, 1e-9) for phase, value in seconds.items()}}
 
 
-def events(played: Played, compared: Advantages) -> list[dict[str, Any]]:
+def events(played: Played, compared: Advantages, no_signal: bool) -> list[dict[str, Any]]:
     """What went differently from what a user may expect, by name: failed rewards, empty completions, no signal."""
     found: list[dict[str, Any]] = [
         {"event": "reward_failed", "detail": message} for scored in played.scored for message in scored.messages
@@ -123,8 +119,11 @@ def events(played: Played, compared: Advantages) -> list[dict[str, Any]]:
     empty = int((played.rolled.lengths == 0).sum())
     if empty:
         found.append({"event": "empty_completions", "count": empty})
-    if compared.dead.all():
-        found.append({"event": "no_signal", "detail": "all rewards are equal within every group; nothing was learnt"})
+    if no_signal:
+        reason = "all rewards are equal within every group"
+        if not compared.dead.all():
+            reason = "all completions of the groups with a signal were cut off or judged by no function"
+        found.append({"event": "no_signal", "detail": f"{reason}; nothing was learnt"})
     return found
 
 

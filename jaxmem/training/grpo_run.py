@@ -77,7 +77,7 @@ class Trainer:
         state, learnt = self._learn(state, samples)
         metrics = grpo_metrics.of_step(played, compared, learnt, attempts, self.config.rewards)
         metrics |= grpo_metrics.shares({**played.seconds, "update": time.perf_counter() - began})
-        self._note(played, compared, done + 1)
+        self._note(played, compared, bool(metrics["no_signal"]), done + 1)
         return dataclasses.replace(state, step=state.step + 1), {**metrics, **self.report(state.trainable)}
 
     def _play(self, state: TrainState, rows: Rows, done: int) -> tuple[Played, int]:
@@ -156,9 +156,9 @@ class Trainer:
                 line = grpo_metrics.sample(played, compared, row, self.config.rewards.labels)
                 file.write(json.dumps({"step": step, "image": image, **line}) + "\n")
 
-    def _note(self, played: Played, compared: Advantages, step: int) -> None:
+    def _note(self, played: Played, compared: Advantages, no_signal: bool, step: int) -> None:
         """Events that a reader of the metrics will want named."""
-        if events := grpo_metrics.events(played, compared):
+        if events := grpo_metrics.events(played, compared, no_signal):
             with open(self.folder / loop.EVENTS, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": step, **event}) + "\n" for event in events)
 

@@ -42,6 +42,13 @@ class Spread:
         )
 
 
+def share_programs(folder: Path) -> None:
+    """Keeps compiled programs in a folder, unless the user has one already: runs that differ in seeds share them."""
+    if jax.config.jax_compilation_cache_dir is None:  # pyrefly: ignore[missing-attribute]
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
 def each(config: TrainConfig, train: Callable[[TrainConfig], Any]) -> list[Any]:
     """Trains every seed of `config.seeds` in `output/seed_N`, one after the other; what `train` returned of each.
 
@@ -49,8 +56,7 @@ def each(config: TrainConfig, train: Callable[[TrainConfig], Any]) -> list[Any]:
     for all that come later.
     """
     folder = Path(config.output)
-    if jax.config.jax_compilation_cache_dir is None:  # pyrefly: ignore[missing-attribute]
-        jax.config.update("jax_compilation_cache_dir", str(folder.absolute() / COMPILED))
+    share_programs(folder / COMPILED)
     return [
         train(dataclasses.replace(config, seed=seed, seeds=(), output=str(folder / f"seed_{seed}")))
         for seed in config.seeds

@@ -34,12 +34,9 @@ class Scored:
 
     def metrics(self) -> dict[str, float]:
         """`rewards/<label>/` mean, std (n - 1), none_rate, error_rate, timeout_rate; no mean where nothing applies."""
-        found, rows = {}, max(1, len(self.values))
+        found, rows = means(self.labels, self.values), max(1, len(self.values))
         for label, column in zip(self.labels, self.values.T, strict=True):
             given = column[~np.isnan(column)]
-            if len(given):
-                found[f"rewards/{label}/mean"] = float(given.mean())
-                found[f"rewards/{label}/std"] = float(given.std(ddof=1)) if len(given) > 1 else 0.0
             failed = self.errors[label] + self.timeouts[label]
             found[f"rewards/{label}/none_rate"] = (len(column) - len(given) - failed) / rows
             found[f"rewards/{label}/error_rate"] = self.errors[label] / rows
@@ -68,3 +65,14 @@ def collect(labels: tuple[str, ...], found: Sequence[Sequence[Outcome]], count: 
         messages=tuple(failures[:_SHOWN]),
         seconds=seconds,
     )
+
+
+def means(labels: Sequence[str], values: np.ndarray) -> dict[str, float]:
+    """rewards/<label>/mean and std (n - 1) of values [n, F], of what applies; nothing where nothing does."""
+    found = {}
+    for label, column in zip(labels, values.T, strict=True):
+        given = column[~np.isnan(column)]
+        if len(given):
+            found[f"rewards/{label}/mean"] = float(given.mean())
+            found[f"rewards/{label}/std"] = float(given.std(ddof=1)) if len(given) > 1 else 0.0
+    return found
