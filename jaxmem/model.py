@@ -6,7 +6,6 @@ Axis letters: B rows, T tokens, G continuations of a row, N tokens of one, D mod
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -16,9 +15,9 @@ import jax.numpy as jnp
 from jaxmem.backbones import decoder
 from jaxmem.backbones.batch import Array, Batch
 from jaxmem.backbones.config import BackboneConfig
-from jaxmem.backbones.decoder import Observe, Stream
-from jaxmem.backbones.layers import Look, rms_normalise
-from jaxmem.backbones.ports import Ports
+from jaxmem.backbones.decoder import KeysValues, Observe, Remat, Stream
+from jaxmem.backbones.layers import rms_normalise
+from jaxmem.backbones.ports import Ports, by_slot
 from jaxmem.backbones.registry import backbone
 from jaxmem.memory.mlp_branch import MLPConfig
 from jaxmem.memory.pvm import PVMConfig
@@ -102,7 +101,7 @@ def hidden_states(
     memory: Any,
     batch: Batch,
     *,
-    remat: bool = False,
+    remat: Remat = False,
     backward_from: int = 0,
     dropout: Array | None = None,
 ) -> Array:
@@ -113,7 +112,7 @@ def hidden_states(
       base: backbone weights.
       memory: {name: parameters}.
       batch: see `Batch`.
-      remat: recompute layers in the backward pass.
+      remat: what of a layer is recomputed in the backward pass (`decoder.REMAT`).
       backward_from: where only memories train, `spec.first_port_layer` saves the backward pass below it; 0 when
         backbone weights train.
       dropout: random key for a memory's dropout; None in evaluation.
@@ -128,13 +127,62 @@ def observed(
     batch: Batch,
     observe: Observe | None,
     *,
-    remat: bool = False,
+    remat: Remat = False,
     backward_from: int = 0,
     dropout: Array | None = None,
 ) -> tuple[Array, Any]:
     """`hidden_states`, and what `observe(query, keys, values, mask)` says of each layer, stacked over layers."""
-    look = lambda stream: decoder.dense(decoder.visible(stream, stream), observe)  # noqa: E731
-    return _forward(spec, base, memory, batch, look, remat, backward_from, dropout)
+    prompt = read_prompt(spec, base, memory, batch)
+    x, (kept, _) = decoder.scan_layers(
+        spec.backbone.text,
+        base["layers"],
+        prompt.x,
+        prompt.angle,
+        decoder.among(prompt.stream, prompt.stream, observe),
+        ports=prompt.own + memory_ports(spec, memory, prompt.states, prompt.stream, dropout),
+        remat=remat,
+        backward_from=backward_from,
+    )
+    return final_norm(spec, base, x), kept
+
+
+@flax.struct.dataclass
+class Read:
+    """What a pass over prompts leaves for whatever follows them.
+
+    Attributes:
+      last: [B, D] state of each row's last token, after the final norm.
+      past: keys and values [L, B, T, K, H] of every layer.
+      stream: of the prompts' tokens.
+      states: per memory name, its per-prompt state.
+    """
+
+    last: Array
+    past: KeysValues
+    stream: Stream
+    states: dict[str, Any]
+
+
+def read(spec: Spec, base: Any, memory: Any, batch: Batch, *, remat: Remat = False, backward_from: int = 0) -> Read:
+    """Reads prompts once, for all of their continuations; arguments as for `hidden_states`."""
+    prompt = read_prompt(spec, base, memory, batch)
+    ports = prompt.own + memory_ports(spec, memory, prompt.states, prompt.stream)
+    among = decoder.among(prompt.stream, prompt.stream)
+    x, (past, remembered) = decoder.scan_layers(
+        spec.backbone.text,
+        base["layers"],
+        prompt.x,
+        prompt.angle,
+        lambda query, key, value: (among(query, key, value)[0], (key, value)),
+        ports=ports,
+        remat=remat,
+        backward_from=backward_from,
+    )
+    states = dict(prompt.states)
+    for name, kept in by_slot(ports, remembered).items():
+        states[name] = memory_module(name).keep(states[name], kept)
+    last = jnp.take_along_axis(x, last_places(batch)[:, None, None], axis=1)[:, 0]
+    return Read(final_norm(spec, base, last), past, prompt.stream, states)
 
 
 def continuation_states(
@@ -145,7 +193,7 @@ def continuation_states(
     tokens: Array,
     lengths: Array,
     *,
-    remat: bool = False,
+    remat: Remat = False,
     backward_from: int = 0,
 ) -> Array:
     """The states that predict the tokens of G continuations per prompt, of which each prompt is computed once.
@@ -160,14 +208,34 @@ def continuation_states(
       [B, G, N, D]; entry n is the state in front of token n, after the final norm.
     """
     rows, group, new = tokens.shape
-    trunk = batch.tokens.shape[1]
-    look = lambda stream: decoder.branching(stream, trunk, group)  # noqa: E731
-    extended = _continued(batch, tokens, lengths)
-    states, _ = _forward(spec, base, memory, extended, look, remat, backward_from, None)
-    index = last_places(batch)[:, None, None]
-    first = jnp.take_along_axis(states, index, axis=1)[:, None]
-    later = states[:, trunk:].reshape(rows, group, new, -1)[:, :, :-1]
-    return jnp.concatenate([jnp.broadcast_to(first, (rows, group, 1, first.shape[-1])), later], axis=2)
+    prompt = read(spec, base, memory, batch, remat=remat, backward_from=backward_from)
+    stream = _continuing(batch, prompt.stream, lengths, new)
+    behind = jnp.broadcast_to((next_position(batch)[:, None] + jnp.arange(new))[:, None], (rows, group, new))
+    positions = jnp.broadcast_to(behind.reshape(rows, 1, -1), (rows, 3, group * new))
+    x, _ = decoder.scan_layers(
+        spec.backbone.text,
+        base["layers"],
+        base["embed"][tokens.reshape(rows, -1)],
+        backbone(spec.backbone.model_type).rotary_angles(spec.backbone, positions),
+        decoder.branching(prompt.stream, stream, group),
+        past=prompt.past,
+        ports=memory_ports(spec, memory, prompt.states, stream),
+        remat=remat,
+        backward_from=backward_from,
+    )
+    later = final_norm(spec, base, x).reshape(rows, group, new, -1)[:, :, :-1]
+    first = jnp.broadcast_to(prompt.last[:, None, None], (rows, group, 1, later.shape[-1]))
+    return jnp.concatenate([first, later], axis=2)
+
+
+def _continuing(batch: Batch, trunk: Stream, lengths: Array, new: int) -> Stream:
+    """The stream [B, G * N] of continuations of `new` slots each, side by side behind their prompts."""
+    rows, group = lengths.shape
+    place = jnp.arange(new, dtype=jnp.int32)
+    document = jnp.max(trunk.segments, axis=1)[:, None, None]
+    segments = jnp.where(place < lengths[..., None], document, 0).reshape(rows, -1)
+    order = jnp.broadcast_to(last_places(batch)[:, None, None] + 1 + place, (rows, group, new)).reshape(rows, -1)
+    return Stream(order.astype(jnp.int32), segments, jnp.zeros(segments.shape, bool), trunk.blind)
 
 
 def last_places(batch: Batch) -> Array:
@@ -180,50 +248,6 @@ def next_position(batch: Batch) -> Array:
     """[B] rotary position of the token behind each row, equal on all axes."""
     valid = jnp.asarray(batch.segments) > 0
     return 1 + jnp.max(jnp.where(valid[:, None], jnp.asarray(batch.positions), -1), axis=(1, 2))
-
-
-def _continued(batch: Batch, tokens: Array, lengths: Array) -> Batch:
-    """Prompts [B, T] with their continuations [B, G, N] side by side behind them: [B, T + G * N]."""
-    rows, _, new = tokens.shape
-    place = jnp.arange(new, dtype=jnp.int32)
-    document = jnp.max(jnp.asarray(batch.segments), axis=1)[:, None, None]
-    segments = jnp.where(place < lengths[..., None], document, 0)
-    positions = jnp.broadcast_to(next_position(batch)[:, None, None] + place, tokens.shape)
-    flat = lambda leaf: leaf.reshape(rows, -1)  # noqa: E731
-    behind = lambda old, new: jnp.concatenate([jnp.asarray(old), new.astype(old.dtype)], axis=-1)  # noqa: E731
-    return dataclasses.replace(
-        batch,
-        tokens=behind(batch.tokens, flat(tokens)),
-        positions=behind(batch.positions, jnp.repeat(flat(positions)[:, None], 3, axis=1)),
-        segments=behind(batch.segments, flat(segments)),
-        loss_mask=behind(batch.loss_mask, jnp.zeros((rows, tokens[0].size))),
-        visual_rows=behind(batch.visual_rows, jnp.full((rows, tokens[0].size), -1)),
-    )
-
-
-def _forward(
-    spec: Spec,
-    base: Any,
-    memory: Any,
-    batch: Batch,
-    look: Callable[[Stream], Look],
-    remat: bool,
-    backward_from: int,
-    dropout: Array | None,
-) -> tuple[Array, Any]:
-    """All layers over a batch whose tokens see what `look(stream)` shows them, and the final norm."""
-    prompt = read_prompt(spec, base, memory, batch)
-    x, (kept, _) = decoder.scan_layers(
-        spec.backbone.text,
-        base["layers"],
-        prompt.x,
-        prompt.angle,
-        look(prompt.stream),
-        ports=prompt.own + memory_ports(spec, memory, prompt.states, prompt.stream, dropout),
-        remat=remat,
-        backward_from=backward_from,
-    )
-    return final_norm(spec, base, x), kept
 
 
 def final_norm(spec: Spec, base: Any, x: Array) -> Array:

@@ -5,6 +5,7 @@ Axis letters: B rows, T new tokens, S tokens that can be seen, K key heads, H he
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,12 +18,29 @@ import jax.numpy as jnp
 from jaxmem.backbones import ports as port_lib
 from jaxmem.backbones.batch import Array, Batch
 from jaxmem.backbones.config import TextConfig
-from jaxmem.backbones.layers import Attention, Look, RMSNorm, SwiGLU, attend, attend_branches
+from jaxmem.backbones.layers import (
+    Attention,
+    Look,
+    RMSNorm,
+    SwiGLU,
+    attend,
+    attend_branches,
+    in_blocks,
+    row_blocks,
+)
 from jaxmem.backbones.ports import Ports
+from jaxmem.distributed.mesh import constrain
+from jaxmem.errors import ConfigError
 
+KeysValues = tuple[Array, Array]
 NO_PORTS = Ports()
 Observe = Callable[[Array, Array, Array, Array], Any]
 """observe(query, keys, values, mask) -> pytree, stacked over layers: how analysis looks at attention."""
+
+Remat = bool | str
+REMAT = ("full", "dots", "none", True, False)
+"""What a backward pass recomputes of each decoder layer: "full" (or True) all of it, keeping its input alone; "dots"
+all but the results of matrix products with weights; "none" (or False) nothing."""
 
 
 @flax.struct.dataclass
@@ -40,6 +58,15 @@ class Stream:
     segments: Array
     is_visual: Array
     blind: Array
+
+    @property
+    def tokens(self) -> dict[str, Array]:
+        """What it says of each token, [B, T] each."""
+        return {name: getattr(self, name) for name in ("order", "segments", "is_visual")}
+
+    def some(self, tokens: dict[str, Array]) -> Stream:
+        """The stream of some of the tokens, given what `tokens` says of them."""
+        return dataclasses.replace(self, **tokens)
 
 
 def stream_of(batch: Batch, start: Array | int = 0) -> Stream:
@@ -61,37 +88,54 @@ def visible(query: Stream, key: Stream) -> Array:
     return same & past & ~blocked
 
 
-def dense(mask: Array, observe: Observe | None = None) -> Look:
-    """New tokens look at one another: `mask` is [B, T, T] bool, and `observe` says what to keep (nothing when None)."""
+def among(queries: Stream, keys: Stream, observe: Observe | None = None) -> Look:
+    """The tokens of `queries` look at those of `keys`; `observe` says what to keep (nothing when None)."""
 
     def look(query: Array, key: Array, value: Array) -> tuple[Array, Any]:
-        return attend(query, key, value, mask), observe(query, key, value, mask) if observe else None
+        if observe is not None:
+            mask = visible(queries, keys)
+            return attend(query, key, value, mask), observe(query, key, value, mask)
+        some = lambda piece: attend(piece[0], key, value, visible(queries.some(piece[1]), keys))  # noqa: E731
+        return row_blocks(some, (query, queries.tokens)), None
 
     return look
 
 
-def branching(stream: Stream, trunk: int, group: int) -> Look:
-    """The tokens of each row are a prompt of `trunk` tokens and then `group` continuations of it, equally long.
+def branching(trunk: Stream, own: Stream, group: int) -> Callable[[KeysValues], Look]:
+    """The tokens of each row are `group` equally long continuations, side by side, of a prompt that was read before.
 
     A continuation sees the prompt and itself, never its neighbours: it computes what it would compute alone in a row
-    behind the same prompt, which is computed once.
+    behind the same prompt.
+
+    Args:
+      trunk: [B, S] the prompts.
+      own: [B, G * N] the continuations.
+      group: G.
+
+    Returns:
+      (keys, values) [B, S, K, H] of the prompt in a layer -> how the continuations look in that layer.
     """
-    part = lambda at: jax.tree.map(lambda leaf: leaf if leaf.ndim == 1 else leaf[:, at], stream)  # noqa: E731
-    stem, leaves = part(slice(trunk)), part(slice(trunk, None))
     fork = lambda leaf: leaf.reshape(leaf.shape[0], group, -1, *leaf.shape[2:])  # noqa: E731
-    stem_mask, trunk_mask = visible(stem, stem), fork(visible(leaves, stem))
-    own = jax.tree.map(lambda leaf: fork(leaf) if leaf.ndim > 1 else leaf, leaves)
-    own_mask = jax.vmap(visible, in_axes=(Stream(1, 1, 1, None),) * 2, out_axes=1)(own, own)  # pyrefly: ignore
+    tokens = jax.tree.map(fork, own.tokens)
+    each = jax.vmap(visible, in_axes=(Stream(1, 1, 1, None),) * 2, out_axes=1)  # pyrefly: ignore
+    to_stem = jax.vmap(visible, in_axes=(Stream(1, 1, 1, None), Stream(None, None, None, None)), out_axes=1)  # pyrefly: ignore
+    leaves = own.some(tokens)
 
-    def look(query: Array, key: Array, value: Array) -> tuple[Array, None]:
-        first = attend(query[:, :trunk], key[:, :trunk], value[:, :trunk], stem_mask)
-        shared = lambda leaf: jnp.swapaxes(leaf[:, :trunk], 1, 2)  # noqa: E731
-        each = lambda leaf: jnp.swapaxes(fork(leaf[:, trunk:]), 2, 3)  # noqa: E731
-        keys, values = (shared(key), shared(value)), (each(key), each(value))
-        later = attend_branches(fork(query[:, trunk:]), keys, values, trunk_mask, own_mask)
-        return jnp.concatenate([first, later.reshape(later.shape[0], -1, later.shape[-1])], axis=1), None
+    def look_behind(past: KeysValues) -> Look:
+        def look(query: Array, key: Array, value: Array) -> tuple[Array, None]:
+            shared = tuple(jnp.swapaxes(leaf, 1, 2) for leaf in past)
+            mine = tuple(jnp.swapaxes(fork(leaf), 2, 3) for leaf in (key, value))
 
-    return look
+            def some(piece: Any) -> Array:
+                stream = own.some(piece[1])
+                return attend_branches(piece[0], shared, mine, to_stem(stream, trunk), each(stream, leaves))
+
+            found = in_blocks(some, (fork(query), tokens))
+            return found.reshape(found.shape[0], -1, found.shape[-1]), None
+
+        return look
+
+    return look_behind
 
 
 class DecoderLayer(nn.Module):
@@ -135,10 +179,11 @@ def scan_layers(
     layers: Any,
     x: Array,
     angle: Array,
-    look: Look,
+    look: Any,
     *,
+    past: Any = None,
     ports: Ports = NO_PORTS,
-    remat: bool = False,
+    remat: Remat = False,
     backward_from: int = 0,
 ) -> tuple[Array, Any]:
     """All layers over stacked weights in one `lax.scan`: compile time does not grow with depth.
@@ -148,9 +193,10 @@ def scan_layers(
       layers: weights with leading axis L.
       x: [B, T, D] embeddings.
       angle: [B, T, H/2] rotary angles.
-      look: what the tokens see, the same in every layer.
+      look: what the tokens see: a `Look`, or with `past` a function that makes one of its entry.
+      past: what each layer saw before, stacked on a leading axis L.
       ports: the memories' and the backbone's own.
-      remat: recompute each layer in the backward pass instead of keeping its inside.
+      remat: what of a layer is recomputed in the backward pass, a key of `REMAT`.
       backward_from: no gradient is wanted below this layer, and the weights are frozen: the layers under it run
         outside differentiation, and weights are read by index instead of being split from the stack.
 
@@ -159,19 +205,35 @@ def scan_layers(
     """
     run = _layer(config, ports, angle)
 
-    def body(x: Array, index: Array, weights: Any) -> tuple[Array, Any]:
-        return run(x, weights, index, look)
+    def body(x: Array, index: Array, weights: Any, before: Any) -> tuple[Array, Any]:
+        x, kept = run(x, weights, index, look if past is None else look(before))
+        return constrain(x, "residual"), kept
 
-    step: Callable[..., tuple[Array, Any]] = jax.checkpoint(body) if remat else body
+    step = rematerialised(body, remat)
+    x = constrain(x, "residual")
     if not backward_from:
-        return jax.lax.scan(lambda x, layer: step(x, *layer), x, (jnp.arange(config.layers), layers))
+        return jax.lax.scan(lambda x, layer: step(x, *layer), x, (jnp.arange(config.layers), layers, past))
 
     def by_index(x: Array, index: Array) -> tuple[Array, Any]:
-        return step(x, index, jax.tree.map(lambda leaf: leaf[index], layers))
+        return step(x, index, *jax.tree.map(lambda leaf: leaf[index], (layers, past)))
 
     x, below = jax.lax.scan(by_index, x, jnp.arange(backward_from))
     x, above = jax.lax.scan(by_index, jax.lax.stop_gradient(x), jnp.arange(backward_from, config.layers))
     return x, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), below, above)
+
+
+def rematerialised(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """`body` with what `remat` names recomputed in its backward pass.
+
+    Raises:
+      ConfigError: `remat` is no key of `REMAT`.
+    """
+    if remat not in REMAT:
+        raise ConfigError(f"remat {remat!r} is none of {', '.join(map(str, REMAT))}")
+    if remat in ("none", False):
+        return body
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return jax.checkpoint(body, policy=policy)
 
 
 def unstack(layers: Any, count: int) -> tuple[Any, ...]:
@@ -187,6 +249,7 @@ def loop_layers(
     looks: Sequence[Look],
     *,
     ports: Ports = NO_PORTS,
+    place: str = "residual",
 ) -> tuple[Array, tuple[Any, ...]]:
     """The same layers unrolled, each with a look of its own: for decoding, where a scan would copy the cache.
 
@@ -194,12 +257,13 @@ def loop_layers(
       config, x, angle, ports: as in `scan_layers`.
       layers: one weight tree per layer (`unstack`).
       looks: one per layer: writes the new keys and values into its cache and looks at the whole.
+      place: where the stream lies on a mesh, a key of `mesh.ACTIVATIONS`.
 
     Returns:
       [B, T, D] before the final norm, and what each look keeps. What ports keep is of no use behind a prompt.
     """
     run, kept = _layer(config, ports, angle), []
     for index, (weights, look) in enumerate(zip(layers, looks, strict=True)):
-        x, (one, _) = run(x, weights, index, look)
+        x, (one, _) = run(constrain(x, place), weights, index, look)
         kept.append(one)
     return x, tuple(kept)

@@ -12,8 +12,11 @@ import jax.numpy as jnp
 
 from jaxmem.backbones.batch import Array
 from jaxmem.backbones.rope import rotate
+from jaxmem.distributed.mesh import constrain, ways
 
 WEIGHT = nn.initializers.normal(0.02)
+BLOCK = 1024
+"""Queries of a row (on each device of a sequence mesh) whose attention scores exist at the same time."""
 
 
 class Linear(nn.Module):
@@ -81,8 +84,53 @@ def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
     Returns:
       [B, T, N * H] in the dtype of the query.
     """
+    query, key, value = constrain(query, "queries"), constrain(key, "keys"), constrain(value, "keys")
     out = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
     return out.reshape(*query.shape[:2], -1)
+
+
+def in_blocks(attend: Callable[[Any], Array], queries: Any, block: int = BLOCK) -> Array:
+    """`attend(queries)`, a few queries at a time where there are many, and once more in the backward pass.
+
+    Scores of T queries with S keys take T x S numbers; of long prompts only a block of them ever exists.
+
+    Args:
+      attend: queries with leaves [B, P, N, ...] -> [B, P, N, ...]; treats the N alike.
+      queries: leaves [B, P, T, ...]; the P parts (pieces of a row, completions of a group) may lie on other devices.
+      block: largest N.
+
+    Returns:
+      [B, P, T, ...].
+    """
+    parts, length = jax.tree.leaves(queries)[0].shape[1:3]
+    if length <= block:
+        return attend(queries)
+    count = -(-length // block)
+    size = -(-length // count)
+    pad = lambda leaf: jnp.pad(leaf, ((0, 0), (0, 0), (0, count * size - length), *((0, 0),) * (leaf.ndim - 3)))  # noqa: E731
+    cut = lambda leaf: jnp.moveaxis(pad(leaf).reshape(-1, parts, count, size, *leaf.shape[3:]), 2, 0)  # noqa: E731
+    found = jax.lax.map(jax.checkpoint(attend), jax.tree.map(cut, queries))
+    found = jnp.moveaxis(found, 0, 2)
+    return found.reshape(*found.shape[:2], count * size, *found.shape[4:])[:, :, :length]
+
+
+def row_blocks(attend: Callable[[Any], Array], queries: Any) -> Array:
+    """`in_blocks` for queries with leaves [B, T, ...]: every device of a sequence mesh walks through its own tokens.
+
+    attend: leaves [B, N, ...] -> [B, N, ...], any N of the T at once.
+    """
+    length, parts = jax.tree.leaves(queries)[0].shape[1], ways("sequence")
+    if length <= BLOCK:
+        return attend(queries)
+    parts = parts if length % parts == 0 else 1
+    fold = lambda leaf: leaf.reshape(leaf.shape[0], parts, -1, *leaf.shape[2:])  # noqa: E731
+    flat = lambda leaf: leaf.reshape(leaf.shape[0], -1, *leaf.shape[3:])  # noqa: E731
+
+    def some(piece: Any) -> Array:
+        found = attend(jax.tree.map(flat, piece))
+        return found.reshape(found.shape[0], parts, -1, *found.shape[2:])
+
+    return flat(in_blocks(some, jax.tree.map(fold, queries)))
 
 
 def attend_branches(
@@ -104,6 +152,10 @@ def attend_branches(
     """
     heads, width = query.shape[3:]
     kv_heads, shared = trunk[0].shape[1:3]
+    query = constrain(query, "branch_queries")
+    trunk, own = (
+        tuple(constrain(a, name) for a in pair) for pair, name in ((trunk, "trunk_keys"), (own, "branch_keys"))
+    )
     parted = query.reshape(*query.shape[:3], kv_heads, heads // kv_heads, width)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     scores = [product("bgqkrh,bksh->bkgqrs", parted, trunk[0]), product("bgqkrh,bgkuh->bkgqru", parted, own[0])]

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jaxmem.backbones import vision
 from jaxmem.backbones.batch import Array, Batch
 from jaxmem.backbones.config import BackboneConfig, TextConfig, VisionConfig, require
-from jaxmem.backbones.decoder import DecoderLayer, dense
+from jaxmem.backbones.decoder import DecoderLayer
+from jaxmem.backbones.layers import attend
 from jaxmem.backbones.ports import Port, Ports
 from jaxmem.backbones.rope import angles, interleaved_axes
 from jaxmem.backbones.vision import Visual
@@ -115,7 +116,7 @@ def init(key: Array, config: BackboneConfig, dtype: Any = jnp.float32) -> Any:
     t = config.text
     embed_key, head_key, layer_key, vision_key = jax.random.split(key, 4)
     x, angle, mask = jnp.zeros((1, 1, t.width)), jnp.zeros((1, 1, t.head_dim // 2)), jnp.ones((1, 1, 1), bool)
-    arguments = (x, angle, dense(mask), lambda ffn, residual, normed: (ffn, {}))
+    arguments = (x, angle, lambda q, k, v: (attend(q, k, v, mask), None), lambda ffn, residual, normed: (ffn, {}))
     layer = lambda k: DecoderLayer(t).init(k, *arguments)["params"]  # noqa: E731
     base = {
         "embed": 0.02 * jax.random.normal(embed_key, (t.vocab, t.width)),

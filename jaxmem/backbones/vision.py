@@ -15,8 +15,9 @@ import jax.numpy as jnp
 
 from jaxmem.backbones.batch import Array, Batch
 from jaxmem.backbones.config import VisionConfig
-from jaxmem.backbones.layers import Linear, attend
+from jaxmem.backbones.layers import Linear, attend, row_blocks
 from jaxmem.backbones.rope import angles, rotate
+from jaxmem.distributed.mesh import constrain
 
 
 @flax.struct.dataclass
@@ -43,10 +44,10 @@ class _Block(nn.Module):
     config: VisionConfig
 
     @nn.compact
-    def __call__(self, x: Array, angle: Array, mask: Array) -> Array:
+    def __call__(self, x: Array, angle: Array, frames: Array) -> Array:
         c = self.config
         normed = _norm(c, "norm1")(x)
-        x = x + _FrameAttention(c, name="attention")(normed, angle, mask)
+        x = x + _FrameAttention(c, name="attention")(normed, angle, frames)
         normed = _norm(c, "norm2")(x)
         return x + _MLP(c.mlp_width, c.width, lambda h: jax.nn.gelu(h, approximate=True), name="mlp")(normed)
 
@@ -57,11 +58,13 @@ class _FrameAttention(nn.Module):
     config: VisionConfig
 
     @nn.compact
-    def __call__(self, x: Array, angle: Array, mask: Array) -> Array:
+    def __call__(self, x: Array, angle: Array, frames: Array) -> Array:
         c = self.config
         qkv = Linear(3 * c.width, use_bias=True, name="qkv")(x).reshape(*x.shape[:2], 3, c.heads, c.head_dim)
         query, key, value = rotate(qkv[:, :, 0], angle), rotate(qkv[:, :, 1], angle), qkv[:, :, 2]
-        return Linear(c.width, use_bias=True, name="proj")(attend(query, key, value, mask))
+        same = lambda some: some[:, :, None] == frames[:, None, :]  # noqa: E731
+        found = row_blocks(lambda piece: attend(piece[0], key, value, same(piece[1])), (query, frames))
+        return Linear(c.width, use_bias=True, name="proj")(found)
 
 
 class _MLP(nn.Module):
@@ -119,20 +122,20 @@ def see(config: VisionConfig, params: Any, batch: Batch) -> Visual:
 
     angle = _axial_angles(jnp.asarray(batch.patch_coords), config)
     frames = jnp.asarray(batch.patch_segments)
-    mask = frames[:, :, None] == frames[:, None, :]
     tapped = jnp.asarray(config.taps, jnp.int32)
 
     def body(carry: tuple[Array, Array], block: tuple[Array, Any]) -> tuple[tuple[Array, Array], None]:
         (x, taps), (index, weights) = carry, block
-        out: Any = _Block(config).apply({"params": weights}, x, angle, mask)
+        out: Any = constrain(_Block(config).apply({"params": weights}, x, angle, frames), "patches")
         return (out, jnp.where((tapped == index)[:, None, None, None], out, taps)), None
 
+    x = constrain(x, "patches")
     carry = (x, jnp.zeros((len(config.taps), *x.shape), dtype))
     (x, taps), _ = jax.lax.scan(body, carry, (jnp.arange(config.depth), params["blocks"]))
     merge = lambda weights, tap: _Merger(config, norm_joined=True).apply({"params": weights}, tap)  # noqa: E731
     rows: Any = _Merger(config, norm_joined=False).apply({"params": params["merger"]}, x)
     return Visual(
-        rows=rows,
+        rows=constrain(rows, "visual"),
         deepstack=jax.vmap(merge)(params["deepstack"], taps),
     )
 
@@ -142,8 +145,8 @@ def init(key: Array, config: VisionConfig) -> Any:
     patch_key, table_key, block_key, merger_key, tap_key = jax.random.split(key, 5)
     x = jnp.zeros((1, config.merge_unit, config.width))
     angle = jnp.zeros((1, config.merge_unit, config.head_dim // 2))
-    mask = jnp.ones((1, config.merge_unit, config.merge_unit), bool)
-    block = lambda k: _Block(config).init(k, x, angle, mask)["params"]  # noqa: E731
+    frames = jnp.ones((1, config.merge_unit), jnp.int32)
+    block = lambda k: _Block(config).init(k, x, angle, frames)["params"]  # noqa: E731
     merger = lambda k, joined: _Merger(config, joined).init(k, x)["params"]  # noqa: E731
     normal = lambda k, *shape: 0.02 * jax.random.normal(k, shape)  # noqa: E731
     return {

@@ -1,68 +1,129 @@
-"""One mesh helper and one table of sharding rules.
+"""One mesh helper and two tables of sharding rules: for weights by their paths, for activations by their names.
 
-A mesh has three axes: `data` (rows of a batch), `fsdp` (rows too, and weights cut to pieces) and `tensor` (heads and
-hidden units). Early rules win; what no rule names is replicated because it is small.
+A mesh has four axes: `data` (rows of a batch), `fsdp` (rows too, and weights cut to pieces), `sequence` (tokens of a
+long row, completions of a group, and weights again) and `tensor` (heads and hidden units). Rules name axes generously:
+an axis that does not divide a dimension leaves it whole. Optimizer moments and gradients follow their weights, since
+their paths end alike.
+
+What stays whole on every device, because it is small: norms, biases and gates (below 0.6 MB a leaf at 8B), the maps to
+PVM's one key head (0.8 MB), step counters and random keys.
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmem.errors import ConfigError
 
+AXES = ("data", "fsdp", "sequence", "tensor")
+ROWS = ("data", "fsdp")
+"""Axes that share the rows of a batch."""
+PIECES = ("fsdp", "sequence")
+"""Axes over which weights are cut to pieces."""
+
 RULES: tuple[tuple[str, P], ...] = (
-    (r"^(embed|head)$", P("tensor", "fsdp")),
-    (r"layers/attention/[qkv]/kernel", P(None, "fsdp", "tensor")),
-    (r"layers/attention/o/kernel", P(None, "tensor", "fsdp")),
-    (r"layers/ffn/(gate|up)/kernel", P(None, "fsdp", "tensor")),
-    (r"layers/ffn/down/kernel", P(None, "tensor", "fsdp")),
-    (r"layers/.*/lora_a", P(None, "fsdp", None)),
-    (r"layers/.*/lora_b", P(None, None, "fsdp")),
-    (r"visual/blocks/(attention/qkv|mlp/fc1)/kernel", P(None, "fsdp", "tensor")),
-    (r"visual/blocks/(attention/proj|mlp/fc2)/kernel", P(None, "tensor", "fsdp")),
-    (r"visual/merger/fc1/kernel", P("fsdp", "tensor")),
-    (r"visual/merger/fc2/kernel", P("tensor", "fsdp")),
-    (r"visual/deepstack/fc1/kernel", P(None, "fsdp", "tensor")),
-    (r"visual/deepstack/fc2/kernel", P(None, "tensor", "fsdp")),
+    (r"(^|/)(embed|head)$", P("tensor", PIECES)),
+    (r"layers/.*/(q|k|v|gate|up)/kernel", P(None, PIECES, "tensor")),
+    (r"layers/.*/(o|down)/kernel", P(None, "tensor", PIECES)),
+    (r"layers/.*/lora_a", P(None, PIECES, None)),
+    (r"layers/.*/lora_b", P(None, None, PIECES)),
+    (r"visual/patch_embed/kernel", P(PIECES, "tensor")),
+    (r"visual/position_table", P(None, PIECES)),
+    (r"visual/(blocks|deepstack)/.*(qkv|fc1)/kernel", P(None, PIECES, "tensor")),
+    (r"visual/(blocks|deepstack)/.*(proj|fc2)/kernel", P(None, "tensor", PIECES)),
+    (r"visual/merger/fc1/kernel", P(PIECES, "tensor")),
+    (r"visual/merger/fc2/kernel", P("tensor", PIECES)),
     # PVM: the one key head of the large sizes cannot be cut, so its maps are cut over the width alone.
-    (r"(text_reducer|vision_reducer)/kernel", P(None, "fsdp", None)),
-    (r"output_expander/kernel", P(None, None, "fsdp")),
-    (r"(pvm|mlp)/mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),
-    (r"(pvm|mlp)/mlp/down/kernel", P(None, "tensor", "fsdp")),
+    (r"(text_reducer|vision_reducer)/kernel", P(None, PIECES, None)),
+    (r"output_expander/kernel", P(None, None, PIECES)),
+    (r"cross_attn/(q|o)/kernel", P(None, PIECES, None)),
+    (r"(pvm|mlp)/mlp/(gate|up)/kernel", P(None, PIECES, "tensor")),
+    (r"(pvm|mlp)/mlp/down/kernel", P(None, "tensor", PIECES)),
 )
-BATCH = P(("data", "fsdp"))
+"""Weights: the first pattern that a path matches decides. Leading axes are layers or slots and stay whole."""
+
+ACTIVATIONS: Mapping[str, P] = {
+    "residual": P(ROWS, ("sequence", "tensor"), None),  # [B, T, D] between layers
+    "patches": P(ROWS, "sequence", None),  # [B, P, W] in the vision tower
+    "visual": P(ROWS, None, None),  # [B, M, D] merged rows, asked by every token of the row
+    "queries": P(ROWS, "sequence", "tensor", None),  # [B, T, N, H]
+    "keys": P(ROWS, None, "tensor", None),  # [B, S, K, H]: every query of a row may ask every key
+    "branch_queries": P(ROWS, "sequence", None, "tensor", None),  # [B, G, Q, N, H]
+    "branch_keys": P(ROWS, "sequence", "tensor", None, None),  # [B, G, K, U, H], also the cache of continuations
+    "trunk_keys": P(ROWS, "tensor", None, None),  # [B, K, S, H], also the cache of prompts
+    "token": P(None, None, PIECES),  # [B, G, D] one generated token each: weights stay where they are
+    "scores": P(ROWS, "sequence", None),  # [B, G, V] logits of generated tokens
+}
+"""Activations, by the names that the forward passes use in `constrain`."""
+BATCH = P(ROWS)
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
-    """A mesh of data x fsdp x tensor devices with automatic propagation.
+def make_mesh(data: int = 1, fsdp: int = 1, sequence: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
+    """A mesh of data x fsdp x sequence x tensor devices with automatic propagation.
+
+    Args:
+      data, fsdp, sequence, tensor: sizes; one of them may be -1 and takes all devices that the others leave.
+      devices: all of jax's when None. With several hosts the mesh must use every device.
 
     Raises:
-      ConfigError: there are fewer devices than the mesh needs, or an axis below 1.
+      ConfigError: sizes that do not fit the devices; the message says which would.
     """
     devices = jax.devices() if devices is None else devices
-    count = data * fsdp * tensor
-    if min(data, fsdp, tensor) < 1 or count > len(devices):
+    sizes = complete({"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}, len(devices))
+    used = math.prod(sizes.values())
+    if used < len(devices) and any(device.process_index for device in devices):
+        raise ConfigError(f"{_words(sizes)} uses {used} of the {len(devices)} devices of all hosts; set mesh.fsdp=-1")
+    return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:used])
+
+
+def complete(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
+    """The sizes with -1 replaced by what the other axes leave.
+
+    Raises:
+      ConfigError: more than one -1, a size below 1, or sizes that need more devices or do not divide them.
+    """
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1 or fixed < 1 or any(size < 1 for size in sizes.values() if size != -1):
+        raise ConfigError(f"{_words(sizes)}: sizes are at least 1, and one of them may be -1 (the rest of the devices)")
+    if fixed > devices or (free and devices % fixed):
         raise ConfigError(
-            f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} needs {count} devices, there are {len(devices)}"
+            f"{_words(sizes)} needs {'a multiple of ' if free else ''}{fixed} devices, there are {devices}"
         )
-    axes = ("data", "fsdp", "tensor")
-    return jax.make_mesh((data, fsdp, tensor), axes, (AxisType.Auto,) * 3, devices=devices[:count])
+    return {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
 
 
-def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The partition of one leaf: the first rule that its path matches, without axes that do not divide it."""
-    rule = next((spec for pattern, spec in RULES if re.search(pattern, path)), P())
-    axes = [axis if axis is None or shape[i] % mesh.shape[axis] == 0 else None for i, axis in enumerate(rule)]
-    return P(*axes)
+def _words(sizes: Mapping[str, int]) -> str:
+    return "a mesh of " + " x ".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
-def shardings(mesh: Mesh, tree: Any) -> Any:
-    """NamedShardings for a tree of weights ({"pvm": ...} for memories), by the table above."""
+def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
+    """The partition of one weight: the first rule that its path matches, without axes that do not divide it."""
+    return _fitted(next((spec for pattern, spec in RULES if re.search(pattern, path)), P()), shape, mesh)
+
+
+def _fitted(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
+    """The spec without axes that do not divide their dimension; of several axes the first ones that do stay."""
+
+    def fit(axes: Any, size: int) -> Any:
+        named = (axes,) if isinstance(axes, str) else tuple(axes or ())
+        names = tuple(name for name in named if mesh.shape[name] > 1)
+        while names and size % math.prod(mesh.shape[name] for name in names):
+            names = names[:-1]
+        return names if len(names) > 1 else names[0] if names else None
+
+    return P(*(fit(axes, size) for axes, size in zip(spec, shape, strict=False)))
+
+
+def shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
+    """NamedShardings for a tree of weights, optimizer state or gradients, by the table above."""
 
     def place(path: Any, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -71,6 +132,32 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Rows over `data` and `fsdp`: every array of a Batch shards on its first axis and on nothing else."""
     return NamedSharding(mesh, BATCH)
+
+
+def ambient() -> AbstractMesh | None:
+    """The mesh that `jax.set_mesh` made current, if it is one of ours and has more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if mesh.axis_names == AXES and mesh.size > 1 else None
+
+
+def ways(*axes: str) -> int:
+    """Devices along some axes of the current mesh; 1 without one."""
+    mesh = ambient()
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
+
+
+def constrain(x: Any, name: str) -> Any:
+    """An activation where `ACTIVATIONS[name]` wants it on the current mesh; unchanged without a mesh."""
+    if (mesh := ambient()) is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _fitted(ACTIVATIONS[name], x.shape, mesh)))
+
+
+def constrain_weights(tree: Any) -> Any:
+    """Weights, gradients or optimizer state where `RULES` want them on the current mesh; unchanged without a mesh."""
+    if (mesh := ambient()) is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))

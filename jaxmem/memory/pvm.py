@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxmem.backbones.batch import Array
 from jaxmem.backbones.config import BackboneConfig
 from jaxmem.backbones.decoder import Stream
-from jaxmem.backbones.layers import WEIGHT, Linear, RMSNorm, SwiGLU, rms_normalise
+from jaxmem.backbones.layers import WEIGHT, Linear, RMSNorm, SwiGLU, rms_normalise, row_blocks
 from jaxmem.backbones.ports import Port, Ports
 from jaxmem.errors import ConfigError
 
@@ -314,7 +314,6 @@ def ports(
     """PVM as a branch beside the FFN of its layers, for the tokens of `stream`."""
     if state is None:
         return Ports()
-    seen = visible(config, state, stream)
     keys = None if dropout is None or not config.dropout else jax.random.split(dropout, len(config.layers))
 
     def hidden(slot: Any, residual: Array) -> tuple[Array, Array]:
@@ -327,7 +326,13 @@ def ports(
         if state.keys is None:
             remembered, values = hidden(slot, residual)
         x = residual if config.query == "residual" else normed
-        return PVM(config).apply({"params": params}, x, remembered, values, seen, key)
+
+        def some(piece: Any) -> Array:
+            seen = visible(config, state, stream.some(piece[1]))
+            return PVM(config).apply({"params": params}, piece[0], remembered, values, seen, key)
+
+        # One random mask covers all tokens, so dropped weights need them all at once.
+        return row_blocks(some, (x, stream.tokens)) if key is None else some((x, stream.tokens))
 
     slots = (params, state.keys, state.values, keys)
     return Ports(beside_ffn=(Port(slots, act, config.layers, hidden if state.keys is None else None, config.name),))

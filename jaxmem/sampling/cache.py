@@ -19,14 +19,12 @@ import jax.numpy as jnp
 
 from jaxmem.backbones import decoder
 from jaxmem.backbones.batch import Array, Batch
-from jaxmem.backbones.decoder import Stream
+from jaxmem.backbones.decoder import KeysValues, Stream
 from jaxmem.backbones.layers import Look, attend, attend_branches
-from jaxmem.backbones.ports import by_slot
+from jaxmem.distributed.mesh import constrain
 from jaxmem.errors import DataError
 from jaxmem.memory.registry import memory as memory_module
-from jaxmem.model import Spec, final_norm, last_places, memory_ports, next_position, read_prompt
-
-KeysValues = tuple[Array, Array]
+from jaxmem.model import Spec, final_norm, last_places, memory_ports, next_position, read, read_prompt
 
 
 @flax.struct.dataclass
@@ -88,25 +86,13 @@ def prefill(spec: Spec, base: Any, memory: Any, batch: Batch, size: int) -> tupl
     Returns:
       [B, D] normalised hidden state of each row's last token, and the cache.
     """
-    prompt = read_prompt(spec, base, memory, batch)
-    stream = prompt.stream
-    mask = decoder.visible(stream, stream)
-    ports = prompt.own + memory_ports(spec, memory, prompt.states, stream)
-    x, ((keys, values), remembered) = decoder.scan_layers(
-        spec.backbone.text,
-        base["layers"],
-        prompt.x,
-        prompt.angle,
-        lambda query, key, value: (attend(query, key, value, mask), (key, value)),
-        ports=ports,
-    )
-    states = dict(prompt.states)
-    for name, kept in by_slot(ports, remembered).items():
-        states[name] = memory_module(name).keep(states[name], kept)
+    prompt = read(spec, base, memory, batch)
     room = size - batch.tokens.shape[1]
     grow = lambda a: jnp.pad(a, ((0, 0), (0, room)))  # noqa: E731
-    keep = lambda a: jnp.pad(jnp.swapaxes(a, 1, 2), ((0, 0), (0, 0), (0, room), (0, 0)))  # noqa: E731
-    places = last_places(batch)
+    keep = lambda a: constrain(  # noqa: E731
+        jnp.pad(jnp.swapaxes(a, 1, 2), ((0, 0), (0, 0), (0, room), (0, 0))), "trunk_keys"
+    )
+    places, stream, (keys, values) = last_places(batch), prompt.stream, prompt.past
     order = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (len(places), size))
     cache = Cache(
         layers=tuple((keep(keys[i]), keep(values[i])) for i in range(spec.backbone.text.layers)),
@@ -114,9 +100,9 @@ def prefill(spec: Spec, base: Any, memory: Any, batch: Batch, size: int) -> tupl
         length=places + 1,
         position=next_position(batch),
         segment=jnp.max(stream.segments, axis=1),
-        states=states,
+        states=prompt.states,
     )
-    return final_norm(spec, base, _at(x, places)), cache
+    return prompt.last, cache
 
 
 def fork(cache: Cache, group: int, new: int) -> Cache:
@@ -124,7 +110,7 @@ def fork(cache: Cache, group: int, new: int) -> Cache:
     rows = len(cache.length)
 
     def empty(leaf: Array) -> Array:
-        return jnp.zeros((rows, group, leaf.shape[1], new, leaf.shape[3]), leaf.dtype)
+        return constrain(jnp.zeros((rows, group, leaf.shape[1], new, leaf.shape[3]), leaf.dtype), "branch_keys")
 
     layers = jax.tree.map(empty, cache.layers)
     return dataclasses.replace(cache, tail=Tail(layers, jnp.zeros((rows, group, new), jnp.int32), jnp.int32(0)))
@@ -244,5 +230,8 @@ def step(
         angle_of(positions),
         [look(*pair) for pair in zip(cache.layers, tail.layers, strict=True)],
         ports=memory_ports(spec, memory, cache.states, stream),
+        place="token",
     )
-    return final_norm(spec, base, x), dataclasses.replace(cache, tail=Tail(kept, written, index + 1))
+    return final_norm(spec, base, constrain(x, "token")), dataclasses.replace(
+        cache, tail=Tail(kept, written, index + 1)
+    )

@@ -13,11 +13,12 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxmem.backbones import decoder
 from jaxmem.backbones.batch import Array, Batch
 from jaxmem.backbones.registry import backbone
+from jaxmem.distributed import hosts
+from jaxmem.distributed.mesh import constrain
 from jaxmem.model import Spec, logits
 from jaxmem.sampling.cache import Cache, fork, prefill, require_room, step
 from jaxmem.sampling.logits import SamplerConfig, draw
@@ -59,6 +60,7 @@ class Generated:
 
 def _record(settings: SamplerConfig, state: State, scores: Array) -> State:
     """Draws a token for every continuation that goes on and writes it down; scores [B, G, V]."""
+    scores = constrain(scores, "scores")
     keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(state.keys, state.index)
     flat = lambda leaf: None if leaf is None else leaf.reshape(-1, *leaf.shape[2:])  # noqa: E731
     drawn, logprob = (
@@ -108,6 +110,12 @@ def start(spec: Spec, settings: SamplerConfig, size: int, base: Any, memory: Any
     )
     scores = logits(spec, base, hidden)
     return _record(settings, state, jnp.broadcast_to(scores[:, None], (rows, group, vocab)))
+
+
+@jax.jit
+def _all(done: Array) -> Array:
+    """Has every continuation ended? A scalar that every host can read, wherever the rows lie."""
+    return done.all()
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "settings"), donate_argnames=("state",))
@@ -161,7 +169,7 @@ def states(
     while True:
         yield state
         index = int(state.index)
-        if index >= new or bool(np.all(state.done)):
+        if index >= new or bool(_all(state.done)):
             return
         state = proceed(spec, settings, base, memory, state, min(new, index + (every or new)))
 
@@ -177,7 +185,8 @@ def stream(
 ) -> Iterator[Generated]:
     """Yields what is there after every few tokens; the last item is the whole answer. Arguments as for `states`."""
     for state in states(spec, base, memory, batch, settings, key, every=every):
-        yield Generated(*(np.array(leaf[:, 0]) for leaf in (state.tokens, state.logprobs, state.count)))
+        found = hosts.fetch((state.tokens, state.logprobs, state.count))
+        yield Generated(*(leaf[:, 0].copy() for leaf in found))  # the state's own memory goes to the next state
 
 
 def generate(

@@ -13,6 +13,7 @@ import flax.struct
 import numpy as np
 
 from jaxmem.backbones.batch import Array, Batch
+from jaxmem.distributed import hosts
 from jaxmem.model import Spec
 from jaxmem.sampling.generate import states
 from jaxmem.sampling.logits import SamplerConfig
@@ -29,7 +30,7 @@ class Slot(enum.IntEnum):
 
 @flax.struct.dataclass
 class Rollout:
-    """What was sampled, as numpy arrays.
+    """What was sampled, as numpy arrays, whole on every host.
 
     Attributes:
       tokens: [B, G, N] int32, pads behind the end.
@@ -63,7 +64,7 @@ def rollout(
       DataError: prompt and completion do not fit into the backbone's positions.
     """
     *_, last = states(spec, base, memory, batch, settings, key, group)
-    tokens, lengths = np.asarray(last.tokens), np.asarray(last.count)
+    tokens, lengths, logprobs, done = hosts.fetch((last.tokens, last.count, last.logprobs, last.done))
     sampled = np.arange(tokens.shape[2]) < lengths[..., None]
     kinds = np.where(sampled, np.int8(Slot.TEXT), np.int8(Slot.EMPTY))
-    return Rollout(tokens, np.asarray(last.logprobs), kinds, lengths, ~np.asarray(last.done))
+    return Rollout(tokens, logprobs, kinds, lengths, ~done)

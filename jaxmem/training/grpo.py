@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxmem import model
 from jaxmem.backbones.batch import Array, Batch
+from jaxmem.backbones.decoder import Remat
 from jaxmem.training import descent, optimizer, trees
 from jaxmem.training.descent import Metrics, TrainState
 from jaxmem.training.losses import token_logprobs
@@ -54,12 +55,13 @@ Score = Callable[[Tree, Tree, Samples], tuple[jax.Array, jax.Array]]
 """score(trainable, frozen, samples) -> log-probabilities and entropies [B, G, N]."""
 
 
-def model_forward(spec: model.Spec, trainable: Tree, *, remat: bool = True, base_dtype: Any = None) -> Forward:
+def model_forward(spec: model.Spec, trainable: Tree, *, remat: Remat = True, base_dtype: Any = None) -> Forward:
     """The model as a function of the merged tree; arguments as for `sft.model_forward`."""
     backward_from = 0 if "base" in trainable else spec.first_port_layer
 
     def forward(tree: Tree, samples: Samples) -> tuple[jax.Array, jax.Array]:
-        base, memory = descent.computing(tree, base_dtype)
+        tree = descent.computing(tree, base_dtype)
+        base, memory = tree["base"], tree.get("memory", {})
         states = model.continuation_states(
             spec,
             base,
@@ -90,9 +92,16 @@ def make_score(forward: Forward, temperature: float, chunk: int = 2048) -> Score
 
 
 def make_update(
-    score: Score, loss: LossConfig, config: OptimizerConfig, steps: int, trainable: Tree, max_length: int
+    score: Score,
+    loss: LossConfig,
+    config: OptimizerConfig,
+    steps: int,
+    trainable: Tree,
+    max_length: int,
+    dtype: Any = None,
+    donate: bool = True,
 ) -> Callable[[TrainState, Tree, Samples], tuple[TrainState, PolicySums, Metrics, tuple[Array, Array]]]:
-    """One optimizer update, compiled; the state's buffers are donated.
+    """One optimizer update, compiled.
 
     Args:
       score: from `make_score`.
@@ -101,6 +110,7 @@ def make_update(
       steps: length of the run, for the schedule.
       trainable: the tree that trains (arrays or shapes).
       max_length: longest allowed completion.
+      dtype, donate: as for `sft.make_train_step`.
 
     Returns:
       update(state, frozen, samples with leading axes [A, B, ...]) -> the state (its `step` unchanged), the sums of
@@ -124,8 +134,9 @@ def make_update(
             return sums.loss, (sums, (logprobs, entropies))
 
         key = jax.random.fold_in(state.key, state.step)
-        summed, sums, kept = descent.accumulate(total, state.trainable, samples, key)
+        params = descent.computing(state.trainable, dtype)
+        summed, sums, kept = descent.accumulate(total, params, samples, key, config.accumulate_dtype)
         state, about = descent.descend(transform, rate(state.step), state, summed, sums.loss, sums.denominator)
         return state, sums, about, kept
 
-    return jax.jit(update, donate_argnums=0)
+    return jax.jit(update, donate_argnums=0 if donate else ())

@@ -18,9 +18,10 @@ import numpy as np
 
 from jaxmem.data.batching import Buckets
 from jaxmem.data.pipeline import Pipeline, Rows, blind_rows
+from jaxmem.distributed.mesh import constrain_weights
 from jaxmem.sampling.logits import SamplerConfig
 from jaxmem.sampling.rollout import Slot
-from jaxmem.training import grpo, grpo_metrics, loop, trees
+from jaxmem.training import descent, grpo, grpo_metrics, loop, trees
 from jaxmem.training.advantages import Advantages, advantages
 from jaxmem.training.descent import Metrics, TrainState
 from jaxmem.training.grpo import Samples
@@ -197,15 +198,8 @@ def evaluator(
 
 
 def caster(dtype: Any) -> Callable[[Tree], Tree]:
-    """trainable -> the same tree as it computes: backbone weights in `dtype`, memories as they are."""
-
-    @jax.jit
-    def cast(trainable: Tree) -> Tree:
-        base = trainable.get("base")
-        whole = {} if base is None else {"base": jax.tree.map(lambda leaf: leaf.astype(dtype), base)}
-        return {**{name: leaf for name, leaf in trainable.items() if name != "base"}, **whole}
-
-    return cast
+    """trainable -> the same tree as it computes (`descent.computing`), compiled."""
+    return jax.jit(lambda trainable: constrain_weights(descent.computing(trainable, dtype)))
 
 
 def compiled_score(score: grpo.Score) -> Callable[[Tree, Tree, Samples], Any]:

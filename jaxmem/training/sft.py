@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxmem import model
 from jaxmem.backbones.batch import Batch
+from jaxmem.backbones.decoder import Remat
 from jaxmem.training import descent, optimizer, trees
 from jaxmem.training.descent import Metrics, TrainState
 from jaxmem.training.losses import TokenLoss, cross_entropy
@@ -25,20 +26,21 @@ Forward = Callable[[Tree, Batch, Any], tuple[jax.Array, jax.Array]]
 """forward({"base", "memory"}, batch, dropout key or None) -> hidden [B, T, D], unembedding [V, D]."""
 
 
-def model_forward(spec: model.Spec, trainable: Tree, *, remat: bool = True, base_dtype: Any = None) -> Forward:
+def model_forward(spec: model.Spec, trainable: Tree, *, remat: Remat = True, base_dtype: Any = None) -> Forward:
     """The model as a function of the merged tree.
 
     Args:
       spec: what is computed.
       trainable: which leaves train (arrays or shapes): where only memories do, no backward pass runs below the first
         layer that a memory touches.
-      remat: recompute decoder layers in the backward pass.
+      remat: what of a decoder layer is recomputed in the backward pass (`decoder.REMAT`).
       base_dtype: see `descent.computing`.
     """
     backward_from = 0 if "base" in trainable else spec.first_port_layer
 
     def forward(tree: Tree, batch: Batch, dropout: Any) -> tuple[jax.Array, jax.Array]:
-        base, memory = descent.computing(tree, base_dtype)
+        tree = descent.computing(tree, base_dtype)
+        base, memory = tree["base"], tree.get("memory", {})
         states = model.hidden_states(
             spec, base, memory, batch, remat=remat, backward_from=backward_from, dropout=dropout
         )
@@ -56,7 +58,13 @@ def token_loss(
 
 
 def accumulate(
-    forward: Forward, trainable: Tree, frozen: Tree, batches: Batch, key: jax.Array, chunk: int = 2048
+    forward: Forward,
+    trainable: Tree,
+    frozen: Tree,
+    batches: Batch,
+    key: jax.Array,
+    chunk: int = 2048,
+    dtype: Any = jnp.float32,
 ) -> tuple[Tree, TokenLoss]:
     """Gradient of the *sum* of the loss over all microbatches, and the sums to divide it by.
 
@@ -67,6 +75,7 @@ def accumulate(
       batches: leaves with two leading axes [A, B, ...].
       key: for dropout; every microbatch gets its own.
       chunk: see `cross_entropy`.
+      dtype: see `descent.accumulate`.
 
     Returns:
       (gradients like `trainable`, TokenLoss), both summed over A: dividing once by the weight is exact for any
@@ -77,7 +86,7 @@ def accumulate(
         total = token_loss(forward, params, frozen, batch, dropout, chunk)
         return total.nll, (total, None)
 
-    return descent.accumulate(loss, trainable, batches, key)[:2]
+    return descent.accumulate(loss, trainable, batches, key, dtype)[:2]
 
 
 def make_train_step(
@@ -88,8 +97,10 @@ def make_train_step(
     *,
     report: Callable[[Tree], Metrics] = lambda trainable: {},
     chunk: int = 2048,
+    dtype: Any = None,
+    donate: bool = True,
 ) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, Metrics]]:
-    """One optimizer step, compiled; the state's buffers are donated.
+    """One optimizer step, compiled.
 
     Args:
       forward: the model.
@@ -98,6 +109,8 @@ def make_train_step(
       trainable: the tree that trains (arrays or shapes).
       report: further metrics of the updated parameters, such as `gates`.
       chunk: see `cross_entropy`.
+      dtype: see `descent.computing`: backbone weights that train are differentiated in it.
+      donate: the new state takes the memory of the old one.
 
     Returns:
       step(state, frozen, batches [A, B, ...]) -> (state, metrics). Metrics are scalars: loss and accuracy per
@@ -108,13 +121,14 @@ def make_train_step(
 
     def step(state: TrainState, frozen: Tree, batches: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        summed, total = accumulate(forward, state.trainable, frozen, batches, key, chunk)
+        params = descent.computing(state.trainable, dtype)
+        summed, total = accumulate(forward, params, frozen, batches, key, chunk, config.accumulate_dtype)
         state, about = descent.descend(transform, rate(state.step), state, summed, total.nll, total.weight)
         state = dataclasses.replace(state, step=state.step + 1)
         metrics = {**_summary(total), "grad_norm": about["grad_norm"], "lr": about["lr"], "skipped": ~about["updated"]}
         return state, {**metrics, **report(state.trainable)}
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0 if donate else ())
 
 
 def _summary(total: TokenLoss) -> Metrics:

@@ -34,7 +34,7 @@ def swapped(spec, base, memory, batch, other):
         base["layers"],
         prompt.x,
         prompt.angle,
-        decoder.dense(decoder.visible(prompt.stream, prompt.stream)),
+        decoder.among(prompt.stream, prompt.stream),
         ports=prompt.own + functions.memory_ports(spec, memory, states.states, prompt.stream),
     )
     return functions.final_norm(spec, base, x)
