@@ -138,22 +138,27 @@ def _compare(where: Any, tensors: Mapping[str, View], wanted: Mapping[str, tuple
 
 
 def _place(source: View, sharding: Any) -> jax.Array:
-    """A leaf on its devices; the host keeps nothing of it once the runtime has finished with its copy."""
+    """A leaf on its devices, one piece after the other; the host keeps nothing of it once the runtime has its copy.
+
+    A host reads the pieces of its own devices alone.
+    """
     if sharding is None:
         placed = jax.device_put(source.read())
     else:
-        blocks: dict[tuple, np.ndarray] = {}
-
-        def block(index: Any) -> np.ndarray:
-            key = tuple(part.indices(size)[:2] for part, size in zip(index, source.shape, strict=True))
-            if key not in blocks:  # devices that hold the same part share one read
-                blocks[key] = source.read(index)
-            return blocks[key]
-
-        placed = jax.make_array_from_callback(source.shape, sharding, block)
-        del blocks
+        holders: dict[tuple, list[Any]] = {}
+        for device, index in sharding.addressable_devices_indices_map(source.shape).items():
+            box = tuple(part.indices(size)[:2] for part, size in zip(index, source.shape, strict=True))
+            holders.setdefault(box, []).append(device)
+        pieces = []
+        for box, devices in holders.items():  # devices that hold the same piece share one read
+            piece = source.read(slice(*bounds) for bounds in box)
+            pieces += [jax.device_put(piece, device) for device in devices]
+            jax.block_until_ready(pieces)
+            del piece
+            gc.collect(0)  # jaxlib drops finished host copies when python collects
+        placed = jax.make_array_from_single_device_arrays(source.shape, sharding, pieces)
     jax.block_until_ready(placed)
-    gc.collect(0)  # jaxlib drops finished host copies when python collects
+    gc.collect(0)
     return placed
 
 

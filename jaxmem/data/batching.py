@@ -89,6 +89,19 @@ def collate(
     return Batch(segments=segments, blind=_blind(blind, len(examples)), **fields)
 
 
+def widen(batch: Batch, tokens: int, patches: int) -> Batch:
+    """The batch with token and patch axes padded on the right to given lengths: the same rows in a larger bucket."""
+
+    def padded(name: str, axis: int, length: int, fill: int) -> np.ndarray:
+        leaf = np.asarray(getattr(batch, name))
+        width = [(0, 0)] * leaf.ndim
+        width[axis] = (0, length - leaf.shape[axis])
+        return np.pad(leaf, width, constant_values=fill)
+
+    fields = {name: padded(name, -1, tokens, fill) for name, fill in (_PER_TOKEN | {"segments": 0}).items()}
+    return dataclasses.replace(batch, **fields, **{name: padded(name, 1, patches, 0) for name in _PER_PATCH})
+
+
 def _shape(examples: Sequence[Example], buckets: Buckets) -> tuple[int, int]:
     """(T, P) of the batch; checks that the rows belong together."""
     dims = {row.patches.shape[1] for row in examples}

@@ -25,9 +25,10 @@ class Rows:
     """What one step reads.
 
     Attributes:
-      batch: [G, ...] numpy arrays. Rows that only fill the batch up have no supervised token.
-      names: of the G' <= G records that are really in it.
-      examples: those records, encoded.
+      batch: [G, ...] numpy arrays, or the rows that this host reads. Rows that only fill it up have no supervised
+        token.
+      names: of the records of all G rows, without those that this host could not use.
+      examples: the records that this host could use, encoded.
     """
 
     batch: Batch
@@ -90,6 +91,7 @@ class Pipeline:
       threads: that encode ahead; 0 encodes in the loop.
       prefetch: batches that may wait, encoded.
       supervised: reject rows without any supervised token; False for prompts.
+      share: which of the G rows of every batch this host reads; None reads all.
     """
 
     source: Sequence[Any]
@@ -102,6 +104,7 @@ class Pipeline:
     threads: int = 2
     prefetch: int = 8
     supervised: bool = True
+    share: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not len(self.source):
@@ -143,20 +146,35 @@ class Pipeline:
         return self._rows(list(dict.fromkeys(indices)))
 
     def _rows(self, indices: Sequence[int]) -> Rows:
-        """Encodes, assembles and fills up one batch."""
+        """Encodes, assembles and fills up one batch, or this host's share of it."""
+        mine = indices if self.share is None else [indices[row] for row in self.share if row < len(indices)]
+        usable = self._encoded(mine)
+        batch = self._assembled(usable) if usable else self._filler(indices)
+        supervised = np.sum(np.asarray(batch.loss_mask)[:, 1:], axis=1)
+        supervised = supervised if self.supervised else np.ones(len(supervised))
+        for index, weight in zip(list(usable), supervised.tolist(), strict=False):
+            if not weight:
+                self._reject(index, "no token of it is supervised (it needs an assistant message with text)")
+        named = [index for index in indices if index in usable or index not in mine]
+        return Rows(batch, tuple(name_of(self.source, index) for index in named), tuple(usable.values()))
+
+    def _encoded(self, indices: Sequence[int]) -> dict[int, Any]:
+        """The examples of the records that can be encoded, by index; the others are rejected."""
         usable = {}
         for index in indices:
             try:
                 usable[index] = self.encode(self.source[index])
             except Exception as error:  # any fault of a record is reported with its name
                 self._reject(index, error)
-        batch = self._assembled(usable)
-        supervised = np.sum(np.asarray(batch.loss_mask)[:, 1:], axis=1)
-        supervised = supervised if self.supervised else np.ones(len(supervised))
-        for index, weight in zip(list(usable), supervised.tolist(), strict=False):
-            if not weight:
-                self._reject(index, "no token of it is supervised (it needs an assistant message with text)")
-        return Rows(batch, tuple(name_of(self.source, index) for index in usable), tuple(usable.values()))
+        return usable
+
+    def _filler(self, indices: Sequence[int]) -> Batch:
+        """A share without a usable record: rows of the batch's first usable one, without loss."""
+        for index in indices:
+            if found := self._encoded([index]):
+                batch = self._filled(found)
+                return dataclasses.replace(batch, loss_mask=np.zeros_like(batch.loss_mask))
+        return self._filled({})
 
     def _assembled(self, usable: dict[int, Any]) -> Batch:
         """The batch of the usable examples; those that cannot be assembled are rejected and leave `usable`."""
@@ -172,11 +190,12 @@ class Pipeline:
             return self._filled(usable)
 
     def _filled(self, usable: dict[int, Any]) -> Batch:
-        """`batch_size` rows: the usable ones, then copies of the first without loss."""
+        """As many rows as this host reads: the usable ones, then copies of the first without loss."""
         if not usable:
             raise DataError(f"no record of a batch can be used; the last fault was: {self._last_fault()}")
         examples = list(usable.values())
-        batch = self.assemble(examples + examples[:1] * (self.batch_size - len(examples)))
+        rows = self.batch_size if self.share is None else len(self.share)
+        batch = self.assemble(examples + examples[:1] * (rows - len(examples)))
         weights = np.array(batch.loss_mask)
         weights[len(examples) :] = 0
         return dataclasses.replace(batch, loss_mask=weights)
