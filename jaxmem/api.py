@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from jaxmem import config as configs
 from jaxmem import model as functions
@@ -20,9 +21,11 @@ from jaxmem.adapters.lora import LoRAConfig
 from jaxmem.assets import TINY
 from jaxmem.backbones import registry
 from jaxmem.backbones.batch import Array, Batch
+from jaxmem.backbones.config import BackboneConfig
 from jaxmem.checkpoints import huggingface, peft
 from jaxmem.data.batching import Buckets, collate
 from jaxmem.data.processor import Processor, load_processor
+from jaxmem.distributed.mesh import AXES, shardings
 from jaxmem.errors import ConfigError
 from jaxmem.memory.registry import memory as memory_module
 from jaxmem.model import Spec
@@ -83,6 +86,17 @@ class Model:
         params = init(jax.random.key(0) if key is None else key, config)
         return self._with(config, params)
 
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh that the backbone lies on; None on a single device."""
+        sharding = jax.tree.leaves(self.base)[0].sharding
+        mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+        return mesh if isinstance(mesh, Mesh) and mesh.axis_names == AXES else None
+
+    def _placed(self, tree: Any) -> Any:
+        """New weights where the rules of the mesh want them."""
+        return tree if self.mesh is None else jax.device_put(tree, shardings(self.mesh, tree))
+
     def restore(self, folder: str | Path) -> Model:
         """The model with the memory that `save` wrote into a folder.
 
@@ -100,7 +114,7 @@ class Model:
         if config.name in self.memory:
             raise ConfigError(f"the model already has a memory {config.name!r}; attach to a fresh model instead")
         spec = dataclasses.replace(self.spec, memories=(*self.spec.memories, config))
-        return dataclasses.replace(self, spec=spec, memory={**self.memory, config.name: params})
+        return dataclasses.replace(self, spec=spec, memory={**self.memory, **self._placed({config.name: params})})
 
     def attach_lora(self, *, key: Array | None = None, **settings: Any) -> Model:
         """The model with LoRA factors beside kernels of its decoder, which start as no change.
@@ -113,11 +127,12 @@ class Model:
           ConfigError: unknown settings, targets or layers, or a model that has factors already.
         """
         config = configs.build(LoRAConfig, settings, "lora")
-        return dataclasses.replace(self, base=lora.attach(jax.random.key(0) if key is None else key, config, self.base))
+        key = jax.random.key(0) if key is None else key
+        return dataclasses.replace(self, base=self._placed(lora.attach(key, config, self.base)))
 
     def restore_lora(self, folder: str | Path) -> Model:
         """The model with the LoRA factors of a PEFT folder; CheckpointError when they do not fit."""
-        return dataclasses.replace(self, base=peft.load_adapter(folder, self.base, self.spec.backbone))
+        return dataclasses.replace(self, base=self._placed(peft.load_adapter(folder, self.base, self.spec.backbone)))
 
     def save_lora(self, folder: str | Path) -> None:
         """Writes the LoRA factors (not the backbone) to a folder that PEFT and `restore_lora` read."""
@@ -215,11 +230,21 @@ class Model:
         huggingface.save_memory(folder, self.memory[config.name], config, self.spec.backbone)
 
 
+def check_heads(config: BackboneConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ConfigError when the mesh's `tensor` axis does not divide the decoder's heads."""
+    tensor, text = mesh.shape["tensor"], config.text
+    for what, heads in (("key heads", text.kv_heads), ("heads", text.heads)):
+        if heads % tensor:
+            fitting = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
+            raise ConfigError(f"mesh.tensor = {tensor} does not divide the decoder's {heads} {what}; use {fitting}")
+
+
 def load(
     path: str | Path = TINY,
     dtype: Any = None,
     *,
     memory: str | Path | None = None,
+    mesh: Mesh | None = None,
     sharding: Any = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
@@ -230,7 +255,8 @@ def load(
       path: folder with config.json, safetensors, tokenizer and preprocessor; the embedded tiny backbone by default.
       dtype: of the weights and of the arithmetic ("bfloat16", "float32"); None keeps what is stored.
       memory: a folder that `Model.save` wrote.
-      sharding: one jax Sharding for all leaves, or a tree of them (`jaxmem.distributed.mesh.shardings`).
+      mesh: of `jaxmem.distributed.mesh.make_mesh`: weights are read piece by piece, each host its own.
+      sharding: instead of a mesh, one jax Sharding for all leaves or a tree of them.
       min_pixels, max_pixels: replace the folder's limits per image.
 
     Raises:
@@ -240,6 +266,9 @@ def load(
     config = registry.config_from_hf(huggingface.read_config(folder))
     processor = load_processor(folder, config, min_pixels=min_pixels, max_pixels=max_pixels)
     dtype = None if dtype is None else jnp.dtype(dtype)
+    if mesh is not None:
+        check_heads(config, mesh)
+        sharding = shardings(mesh, registry.backbone(config.model_type).shapes(config))
     base = huggingface.load_backbone(folder, config, dtype=dtype, sharding=sharding)
     bare = Model(Spec(config), base, {}, processor, folder)
     return bare if memory is None else bare.restore(memory)

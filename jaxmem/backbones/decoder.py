@@ -123,8 +123,8 @@ def branching(trunk: Stream, own: Stream, group: int) -> Callable[[KeysValues], 
 
     def look_behind(past: KeysValues) -> Look:
         def look(query: Array, key: Array, value: Array) -> tuple[Array, None]:
-            shared = tuple(jnp.swapaxes(leaf, 1, 2) for leaf in past)
-            mine = tuple(jnp.swapaxes(fork(leaf), 2, 3) for leaf in (key, value))
+            shared = jnp.swapaxes(past[0], 1, 2), jnp.swapaxes(past[1], 1, 2)
+            mine = jnp.swapaxes(fork(key), 2, 3), jnp.swapaxes(fork(value), 2, 3)
 
             def some(piece: Any) -> Array:
                 stream = own.some(piece[1])

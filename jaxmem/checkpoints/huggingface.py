@@ -176,7 +176,7 @@ def save_backbone(
 
     Args:
       folder: made when it does not exist.
-      base: tree of arrays that this process can address.
+      base: tree of arrays; where several hosts hold it, all of them call this, and the first one writes.
       config: of the tree.
       hf_config: written as `config.json` when given (what `read_config` returned).
       dtype: of the tensors on disk; None keeps the leaves' own.
@@ -184,7 +184,7 @@ def save_backbone(
       overwrite: replace weights that the folder already holds.
 
     Raises:
-      CheckpointError: the folder holds weights, or the tree is spread over several processes.
+      CheckpointError: the folder holds weights.
       ValueError: the tree is not the one that `config` describes.
     """
     folder, names = Path(folder), _known(config.model_type, BACKBONE_TABLES, "model_type")
@@ -198,9 +198,7 @@ def save_backbone(
 
 
 def _tensors(table: Table, tree: Any, dtype: Any) -> list[tuple[str, View]]:
-    """Names and unread tensors of a tree. Raises CheckpointError for leaves that this process cannot read."""
-    away = [path for path, leaf in flatten(tree).items() if not getattr(leaf, "is_fully_addressable", True)]
-    report("this tree", {"leaves spread over several processes": away}, "Gather them, or save with the native store.")
+    """Names and unread tensors of a tree."""
     return [(name, tensor if dtype is None else tensor.cast(dtype)) for name, tensor in write_tree(table, tree)]
 
 

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmem.distributed import hosts
+
 Box = tuple[slice, ...]  # one slice per axis, with start and stop
 
 
@@ -47,13 +49,16 @@ class View:
 
 
 def view(leaf: Any) -> View:
-    """A leaf of our tree (jax.Array, numpy array or ShapeDtypeStruct, which cannot be read) as a View."""
+    """A leaf of our tree (jax.Array, numpy array or ShapeDtypeStruct, which cannot be read) as a View.
+
+    Of an array that is spread over several hosts, all hosts read the same boxes in the same order.
+    """
 
     def box(index: Box) -> np.ndarray:
         if isinstance(leaf, np.ndarray):
             return leaf[index]
         starts, sizes = [part.start for part in index], [part.stop - part.start for part in index]
-        return np.asarray(jax.lax.dynamic_slice(leaf, starts, sizes) if index else leaf)
+        return hosts.fetch(jax.lax.dynamic_slice(leaf, starts, sizes) if index else leaf)
 
     return View(tuple(leaf.shape), leaf.dtype, box)
 

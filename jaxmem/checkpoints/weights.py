@@ -16,6 +16,7 @@ import numpy as np
 import safetensors
 
 from jaxmem.checkpoints.table import Box, View, size
+from jaxmem.distributed import hosts
 from jaxmem.errors import CheckpointError
 
 SINGLE, INDEX, SHARDS = "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"
@@ -122,10 +123,16 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def staged(folder: Path, replaced: Sequence[str] = ()) -> Iterator[Path]:
     """A temporary folder whose files move into `folder` when the block ends well, and vanish when it does not.
 
+    Of several hosts that run the same block, the first alone writes; what the others stage vanishes.
+
     Args:
       folder: made when it does not exist.
       replaced: patterns of old files that go just before the new ones arrive.
     """
+    if not hosts.first():
+        with tempfile.TemporaryDirectory() as nowhere:
+            yield Path(nowhere)
+        return
     existed = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".writing-*"):  # by a process that was killed
@@ -145,7 +152,7 @@ def staged(folder: Path, replaced: Sequence[str] = ()) -> Iterator[Path]:
 
 
 def write_file(path: Path, tensors: Iterable[tuple[str, View]]) -> None:
-    """Writes one safetensors file; one tensor at a time is on the host."""
+    """Writes one safetensors file; one tensor at a time is on the host. Hosts other than the first only read along."""
     names = {dtype: kind for kind, dtype in DTYPES.items()}
     tensors = sorted(tensors, key=lambda item: -jnp.dtype(item[1].dtype).itemsize)  # keeps every tensor aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -155,6 +162,10 @@ def write_file(path: Path, tensors: Iterable[tuple[str, View]]) -> None:
         header[name] = {"dtype": names[jnp.dtype(tensor.dtype)], "shape": tensor.shape, "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
+    if not hosts.first():
+        for _, tensor in tensors:
+            tensor.read()
+        return
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for _, tensor in tensors:

@@ -189,7 +189,7 @@ def together() -> Iterator[None]:
         raise
 
 
-def _meet(what: str, kind: str, value: Any, combine: Callable[[list[Any]], T]) -> T:
+def _meet(what: str, kind: str, value: Any, combine: Callable[[list[Any]], Any]) -> Any:
     """One meeting through the coordination service: (what, kind, value) of every host to the result of host 0."""
     global _meetings
     _meetings += 1

@@ -131,5 +131,6 @@ def descend(
     keep = lambda new, old: jnp.where(good, new, old)  # noqa: E731
     trainable = jax.tree.map(keep, updated, state.trainable)
     opt_state = jax.tree.map(keep, opt_state, state.opt_state)
-    state = TrainState(state.step, *constrain_weights((trainable, opt_state)), state.key)
+    trainable, opt_state = constrain_weights((trainable, opt_state))
+    state = TrainState(state.step, trainable, opt_state, state.key)
     return state, {"grad_norm": norm, "lr": rate, "finite": finite, "updated": good}

@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 from jaxmem.api import Model
 from jaxmem.data.pipeline import Pipeline, Rejections
 from jaxmem.data.records import name_of
+from jaxmem.distributed import hosts
 from jaxmem.distributed.mesh import batch_sharding
 from jaxmem.errors import ConfigError, DataError
-from jaxmem.training import descent, grpo, grpo_run, sft, trees
+from jaxmem.training import descent, grpo, grpo_run, record, sft, trees
 from jaxmem.training.descent import TrainState
 from jaxmem.training.grpo_settings import GRPOConfig
 from jaxmem.training.loop import Job
@@ -35,10 +36,12 @@ def open_rewards(
 ) -> contextlib.AbstractContextManager[RewardRunner | None]:
     """The judges of a GRPO run, tested on the dataset's first usable record; nothing for any other run.
 
+    They sit on the first host, which judges for all.
+
     Raises:
       ConfigError: a reward function fails its self-test or needs a column that the dataset lacks.
     """
-    if config.grpo is None:
+    if config.grpo is None or not hosts.first():
         return contextlib.nullcontext()
     encode, faults = encoder(model.processor), []
     for index in range(min(len(source), _TRIED)):
@@ -74,24 +77,27 @@ def prepare(
     config: TrainConfig,
     model: Model,
     source: Sequence[Any],
-    rewards: RewardRunner,
+    rewards: RewardRunner | None,
     held_out: Sequence[Any] | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Job, TrainState]:
-    """Everything that the loop drives; arguments as for `run.prepare`, with the judges started."""
+    """Everything that the loop drives; arguments as for `run.prepare`, with the judges started (None on
+    hosts other than the first)."""
     method = config.grpo
     if method is None:
         raise ConfigError("the configuration has no section grpo")
     trainable, frozen = trees.split({"base": model.base, "memory": model.memory}, config.trainable)
     folder = Path(config.output)
-    data = prompts_pipeline(config, config.data, model, source, folder / "rejected.jsonl")
+    data = prompts_pipeline(config, config.data, model, source, record.of_host(folder / "rejected.jsonl"))
     steps = config.loop.total_steps(data.steps_per_epoch)
     state = descent.init_state(config.optimizer, trainable, config.seed)
     dtype = jax.tree.leaves(model.base)[0].dtype
     forward = grpo.model_forward(model.spec, trainable, remat=config.remat, base_dtype=dtype)
     score = grpo.make_score(forward, method.temperature, config.loss_chunk)
     sharding = None if mesh is None else batch_sharding(mesh)
-    player = Player(model.spec, model.processor, config.data.buckets, rewards, config.loop.batch_size, sharding)
+    at_once = method.prompts_at_once * config.mesh.data * config.mesh.fsdp
+    rows = config.loop.batch_size
+    player = Player(model.spec, model.processor, config.data.buckets, rewards, rows, sharding, min(at_once, rows))
     trainer = grpo_run.Trainer(
         config=method,
         loop=config.loop,
@@ -99,7 +105,9 @@ def prepare(
         player=player,
         sampler=method.sampler(model.sampler()),
         data=data,
-        update=grpo.make_update(score, method.loss, config.optimizer, steps, trainable, method.max_new_tokens),
+        update=grpo.make_update(
+            score, method.loss, config.optimizer, steps, trainable, method.max_new_tokens, dtype, config.donate
+        ),
         score=grpo_run.compiled_score(score),
         cast=grpo_run.caster(dtype),
         frozen=frozen,
@@ -110,14 +118,15 @@ def prepare(
     )
     evaluate = None
     if held_out is not None and config.evaluation is not None:
-        rows = prompts_pipeline(config, config.evaluation, model, held_out, folder / "rejected_evaluation.jsonl")
-        evaluate = grpo_run.evaluator(trainer, rows, config.evaluation.buckets, config.seed)
+        rejected = record.of_host(folder / "rejected_evaluation.jsonl")
+        prompts = prompts_pipeline(config, config.evaluation, model, held_out, rejected)
+        evaluate = grpo_run.evaluator(trainer, prompts, config.evaluation.buckets, config.seed)
     job = Job(config.loop, steps, trainer.step, frozen, data, evaluate, mesh, evaluate_first=True)
     return job, state
 
 
 def identity(method: GRPOConfig) -> dict[str, Any]:
     """What may not change between two starts of one run; limits of the judges and what is written down may."""
-    free = {"samples", "samples_every", "eval_group", "eval_temperature", "rewards"}
+    free = {"samples", "samples_every", "eval_group", "eval_temperature", "rewards", "prompts_at_once"}
     kept = {name: value for name, value in dataclasses.asdict(method).items() if name not in free}
     return {**kept, "rewards": [dict(f) if not isinstance(f, str) else f for f in method.rewards.functions]}

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxmem.data.images import load_image
+from jaxmem.distributed import hosts
 from jaxmem.training.advantages import Advantages, weighted
 from jaxmem.training.grpo import Samples
 from jaxmem.training.playing import Played
@@ -75,7 +75,7 @@ def of_step(
     """All metrics of a training step but its times; one transfer from the devices."""
     part, logprobs, entropies = learnt.before
     wanted = (learnt.sums, learnt.about, part.mask, part.old, logprobs, entropies)
-    sums, about, mask, old, logprobs, entropies = jax.device_get(wanted)
+    sums, about, mask, old, logprobs, entropies = hosts.fetch(wanted)
     totals = {name: float(sum(getattr(one, name) for one in sums)) for name in PolicySums._fields}
     tokens = max(totals["tokens"], 1.0)
     counted = np.asarray(mask) > 0

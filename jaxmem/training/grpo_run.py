@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxmem.data.batching import Buckets
 from jaxmem.data.pipeline import Pipeline, Rows, blind_rows
+from jaxmem.distributed import hosts
 from jaxmem.distributed.mesh import constrain_weights
 from jaxmem.sampling.logits import SamplerConfig
 from jaxmem.sampling.rollout import Slot
@@ -27,6 +28,7 @@ from jaxmem.training.descent import Metrics, TrainState
 from jaxmem.training.grpo import Samples
 from jaxmem.training.grpo_settings import GRPOConfig
 from jaxmem.training.loop import LoopConfig
+from jaxmem.training.placing import place
 from jaxmem.training.playing import Played, Player, resampled
 from jaxmem.training.prompts import batch_of
 from jaxmem.training.trees import Tree
@@ -128,7 +130,7 @@ class Trainer:
         cut = lambda leaf: np.split(np.asarray(leaf), config.minibatches)  # noqa: E731
         leaves, structure = jax.tree.flatten(samples)
         parts = [structure.unflatten(part) for part in zip(*map(cut, leaves), strict=True)]
-        sampled = [loop.place(part, self.loop.accumulate, self.mesh) for part in parts]
+        sampled = [place(part, self.loop.accumulate, self.mesh) for part in parts]
         parts = [self._anchored(state, part) for part in sampled]
         sums, about, kept = [], [], []
         for part in parts * config.iterations:
@@ -149,7 +151,7 @@ class Trainer:
 
     def _write(self, played: Played, compared: Advantages, step: int) -> None:
         """Some prompts with all their completions, for people to read."""
-        if not self.config.samples or (step - 1) % self.config.samples_every:
+        if not self.config.samples or (step - 1) % self.config.samples_every or not hosts.first():
             return
         with open(self.folder / loop.SAMPLES, "a", encoding="utf-8") as file:
             for row, prompt in enumerate(played.prompts[: self.config.samples]):
@@ -159,7 +161,8 @@ class Trainer:
 
     def _note(self, played: Played, compared: Advantages, no_signal: bool, step: int) -> None:
         """Events that a reader of the metrics will want named."""
-        if events := grpo_metrics.events(played, compared, no_signal):
+        events = grpo_metrics.events(played, compared, no_signal)
+        if events and hosts.first():
             with open(self.folder / loop.EVENTS, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": step, **event}) + "\n" for event in events)
 

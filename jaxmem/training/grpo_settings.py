@@ -32,6 +32,8 @@ class GRPOConfig:
         in their group's statistics.
       old_logprobs: the sampling policy's log-probabilities: "rollout" as the sampler recorded them, "trainer" as the
         training forward gives them in front of the step (then the first ratio is 1 whatever the dtype).
+      prompts_at_once: prompts that are sampled together on each of the mesh's data x fsdp ways, because their caches
+        take memory; 0 samples all prompts of a step together.
       resample: further batches of prompts that a step may sample to replace groups without signal; 0 replaces none.
       eval_group: completions per prompt of an evaluation.
       eval_temperature: of an evaluation; 0 takes the most likely tokens.
@@ -52,6 +54,7 @@ class GRPOConfig:
     minibatches: int = 1
     mask_truncated: bool = True
     old_logprobs: Literal["rollout", "trainer"] = "rollout"
+    prompts_at_once: int = 0
     resample: int = 0
     eval_group: int = 1
     eval_temperature: float = 0.0
@@ -66,7 +69,7 @@ class GRPOConfig:
         for name in ("iterations", "minibatches", "eval_group", "samples_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"grpo.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("resample", "samples"):
+        for name in ("resample", "samples", "prompts_at_once"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"grpo.{name} must not be negative, got {getattr(self, name)}")
         if self.temperature <= 0:

@@ -14,12 +14,14 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from jaxmem.backbones.batch import Batch
 from jaxmem.data.batching import Buckets
 from jaxmem.data.processor import Processor
+from jaxmem.distributed import hosts
 from jaxmem.model import Spec
 from jaxmem.sampling.logits import SamplerConfig
 from jaxmem.sampling.rollout import Rollout, rollout
-from jaxmem.training.loop import put
+from jaxmem.training.placing import put
 from jaxmem.training.prompts import Prompt, batch_of
 from jaxmem.training.rewards.runner import RewardRunner, Scored
 from jaxmem.training.sft import gates
@@ -84,17 +86,19 @@ class Player:
       spec: what samples.
       processor: decodes.
       buckets: lengths that prompts may have.
-      rewards: the judges, started.
+      rewards: the judges, started; None on hosts other than the first, which judges for all.
       rows: prompts of every batch; fewer are filled up.
       sharding: of the prompts; None is the default device.
+      at_once: prompts that are sampled together; 0 takes all of a batch.
     """
 
     spec: Spec
     processor: Processor
     buckets: Buckets
-    rewards: RewardRunner
+    rewards: RewardRunner | None
     rows: int
     sharding: NamedSharding | None = None
+    at_once: int = 0
 
     def __call__(
         self,
@@ -123,22 +127,35 @@ class Player:
         """
         began, count = time.perf_counter(), len(prompts)
         blind = np.zeros(self.rows, bool) if blind is None else blind
-        batch = put(batch_of(prompts, self.buckets, self.processor.pad_token, self.rows, blind), self.sharding)
-        rolled = rollout(self.spec, tree["base"], tree.get("memory", {}), batch, settings, key, group)
-        rolled = jax.tree.map(lambda leaf: leaf[:count], rolled)
+        batch = batch_of(prompts, self.buckets, self.processor.pad_token, self.rows, blind)
+        rolled = jax.tree.map(lambda leaf: leaf[:count], self._sample(tree, batch, settings, key, group))
         texts = tuple(
             tuple(self.processor.decode(ids[:length].tolist()) for ids, length in zip(*member, strict=True))
             for member in zip(rolled.tokens, rolled.lengths, strict=True)
         )
         sampled = time.perf_counter()
-        scored = self._judge(prompts, texts, rolled, tree)
+        # Gates may lie on several hosts, so all of them read.
+        open_gates = {name: float(value) for name, value in gates(self.spec, tree).items()}
+        scored = hosts.once("the rewards", lambda: self._judge(prompts, texts, rolled, open_gates))
         seconds = {"rollout": sampled - began, "reward": time.perf_counter() - sampled}
         rewards = scored.values.reshape(count, group, -1)
         return Played(tuple(prompts), tuple(names), rolled, blind[:count], texts, rewards, (scored,), seconds)
 
-    def _judge(self, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], rolled: Rollout, tree: Tree) -> Scored:
+    def _sample(self, tree: Tree, batch: Batch, settings: SamplerConfig, key: jax.Array, group: int) -> Rollout:
+        """Completions of a whole batch on the host, a few prompts at a time."""
+        size, keys = self.at_once or self.rows, jax.random.split(key, self.rows)
+        found = []
+        for start in range(0, self.rows, size):
+            part = jax.tree.map(lambda leaf, at=start: np.asarray(leaf)[at : at + size], batch)
+            some, memory = put(part, self.sharding), tree.get("memory", {})
+            found.append(rollout(self.spec, tree["base"], memory, some, settings, keys[start : start + size], group))
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+
+    def _judge(
+        self, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], rolled: Rollout, open_gates: dict[str, float]
+    ) -> Scored:
         """All completions in one call, [B * G] rows. Diagnostics say how each came about, with the memories' gates."""
-        open_gates = {name: float(value) for name, value in gates(self.spec, tree).items()}
+        assert self.rewards is not None, "the first host judges"
         group = rolled.tokens.shape[1]
         repeated = [prompt for prompt in prompts for _ in range(group)]
         ids = [row[:length].tolist() for row, length in _members(rolled.tokens, rolled.lengths)]

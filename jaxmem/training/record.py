@@ -8,12 +8,15 @@ import importlib.metadata
 import json
 import os
 import platform
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jaxmem
 from jaxmem.checkpoints.identity import differences
+from jaxmem.distributed import hosts
 from jaxmem.errors import CheckpointError
 
 FILE = "run.json"
@@ -42,6 +45,45 @@ def weights_fingerprint(folder: str | Path) -> str:
             file.seek(max(0, path.stat().st_size - _EDGE))
             digest.update(file.read(_EDGE))
     return digest.hexdigest()
+
+
+def source_fingerprint() -> str:
+    """SHA-256 of jaxmem's own source files, by which hosts see whether they run the same code."""
+    digest, root = hashlib.sha256(), Path(jaxmem.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def flat(config: Any) -> dict[str, str]:
+    """Dotted key to value, in words, of a configuration (a dataclass)."""
+
+    def walk(value: Any, key: str) -> dict[str, str]:
+        if not isinstance(value, Mapping) or not value:
+            return {key: repr(value)}
+        return {k: v for name, inner in value.items() for k, v in walk(inner, f"{key}.{name}".lstrip(".")).items()}
+
+    return walk(dataclasses.asdict(config), "")
+
+
+def of_host(path: Path) -> Path:
+    """A file that every host writes for itself: as it is on the first, with the host's number on the others."""
+    return path if hosts.first() else path.with_stem(f"{path.stem}_host{hosts.index()}")
+
+
+def require_shared(folder: str | Path, patience: float = 30.0) -> None:
+    """Raises HostError on every host unless all see the `run.json` that the first one wrote.
+
+    Args:
+      folder: output directory.
+      patience: seconds that a network file system may take to show it.
+    """
+    seen = (Path(folder) / FILE).exists()
+    while not seen and patience > 0:
+        time.sleep(0.5)
+        seen, patience = (Path(folder) / FILE).exists(), patience - 0.5
+    hosts.agree(f"output folder, {folder}: it must lie on storage that all hosts share", {FILE: seen})
 
 
 def claim(folder: str | Path, identity: Mapping[str, Any], config: Any) -> None:

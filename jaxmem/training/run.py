@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -11,24 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxmem import api
 from jaxmem import config as configs
 from jaxmem.adapters import lora
-from jaxmem.backbones import registry
 from jaxmem.checkpoints import huggingface
 from jaxmem.checkpoints.identity import run_identity
 from jaxmem.checkpoints.native import CheckpointStore
 from jaxmem.checkpoints.weights import INDEX as WEIGHT_INDEX
 from jaxmem.data import records
-from jaxmem.data.pipeline import Pipeline, Rejections
-from jaxmem.distributed.mesh import batch_sharding, make_mesh, shardings
+from jaxmem.data.pipeline import Pipeline, Rejections, Rows
+from jaxmem.distributed import hosts
+from jaxmem.distributed.mesh import make_mesh
 from jaxmem.errors import ConfigError
 from jaxmem.training import descent, grpo_job, loop, record, seeds, sft, trees
 from jaxmem.training.descent import TrainState
 from jaxmem.training.encoding import encoders, open_source
 from jaxmem.training.loop import Job
+from jaxmem.training.placing import level, place, share_of
 from jaxmem.training.settings import DataConfig, MeshConfig, TrainConfig
 from jaxmem.training.trees import Tree
 
@@ -59,15 +62,14 @@ class Result:
 def main(config: Any) -> int:
     """The command `jaxmem train`: trains, prints the last metrics and where the results are; returns the exit code."""
     config = configs.build(TrainConfig, config, "config")
+    start(config)
     if config.seeds:
         seeds.each(config, train)
-        for spread in seeds.spreads(config.output, config.seeds):
-            print(spread)
-        if config.grpo is not None:
-            _report("seeds", config.output, config.seeds)
-        print(f"results are in {config.output}")
+        hosts.once("the report over the seeds", lambda: _report_seeds(config))
         return 0
     result = train(config)
+    if not hosts.first():
+        return 0
     for name in ("loss", "accuracy", "reward", "eval/loss", "eval/accuracy", "eval/reward"):
         if name in result.metrics:
             print(f"{name:14s} {result.metrics[name]:.4f}")
@@ -75,8 +77,25 @@ def main(config: Any) -> int:
     return 0
 
 
+def _report_seeds(config: TrainConfig) -> None:
+    for spread in seeds.spreads(config.output, config.seeds):
+        print(spread)
+    if config.grpo is not None:
+        _report("seeds", config.output, config.seeds)
+    print(f"results are in {config.output}")
+
+
+def start(config: TrainConfig) -> None:
+    """What must happen before the first use of a device: the compile cache, and joining the other hosts."""
+    if config.compile_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.compile_cache).absolute()))
+    hosts.start(config.hosts)
+
+
 def train(config: TrainConfig | Mapping[str, Any]) -> Result:
     """Trains by a configuration; the same call again goes on where an earlier one stopped.
+
+    With several hosts all of them make the same call; the first writes what is not a checkpoint.
 
     Args:
       config: a TrainConfig, or a mapping (or ConfigDict) with its keys.
@@ -86,37 +105,61 @@ def train(config: TrainConfig | Mapping[str, Any]) -> Result:
       `Model.restore_lora`; where backbone weights trained, `output/backbone` holds them under their official names.
 
     Raises:
-      ConfigError, DataError, CheckpointError, NonFiniteError, Interrupted: each says what to do.
+      ConfigError, DataError, CheckpointError, NonFiniteError, Interrupted, HostError: each says what to do.
     """
     if not isinstance(config, TrainConfig):
         config = configs.build(TrainConfig, config, "config")
     if config.seeds:
         raise ConfigError("train makes one run; for config.seeds use jaxmem.training.seeds.each, or `jaxmem train`")
+    start(config)
+    with hosts.together():
+        hosts.agree("configuration", record.flat(config))
+        hosts.agree("code", record.versions() | {"source": record.source_fingerprint()})
+        return _train(config.resolved(jax.device_count()))
+
+
+def _train(config: TrainConfig) -> Result:
+    """`train` on this host, of a resolved configuration."""
     experiment = open_experiment(config.experiment)
     source = open_source(config.data, config.loop.batch_size)
     held_out = None if config.evaluation is None else open_source(config.evaluation, config.loop.batch_size)
-    mesh = _mesh(config.mesh)
-    model = load_model(config, mesh)
-    folder = Path(config.output)
-    with grpo_job.open_rewards(config, model, source) as rewards:
-        if rewards is None:
-            job, state = prepare(config, model, source, held_out, mesh)
-        else:
-            job, state = grpo_job.prepare(config, model, source, rewards, held_out, mesh)
-        identity = _identity(config, model, source, job.steps)
-        record.claim(config.output, identity, config)
-        if experiment is not None:
-            experiment.before(model, folder)
-        every, keep = config.loop.checkpoint_every, config.loop.keep
-        with CheckpointStore(folder / CHECKPOINTS, identity, keep=keep, every=every) as store:
-            state, metrics = loop.run(job, state, store, folder)
-    model = _trained(model, trees.merge(state.trainable, job.frozen))
-    _save(model, folder, state.trainable)
+    mesh, folder = _mesh(config.mesh), Path(config.output)
+    with on(mesh):
+        model = load_model(config, mesh)
+        with grpo_job.open_rewards(config, model, source) as rewards:
+            if config.grpo is None:
+                job, state = prepare(config, model, source, held_out, mesh)
+            else:
+                job, state = grpo_job.prepare(config, model, source, rewards, held_out, mesh)
+            identity = _identity(config, model, source, job.steps)
+            hosts.once("the output folder", lambda: record.claim(folder, identity, config))
+            record.require_shared(folder)
+            if experiment is not None:
+                _alone("the experiment before training", model, lambda local: experiment.before(local, folder))
+            every, keep = config.loop.checkpoint_every, config.loop.keep
+            with CheckpointStore(folder / CHECKPOINTS, identity, keep=keep, every=every) as store:
+                state, metrics = loop.run(job, state, store, folder)
+        model = _trained(model, trees.merge(state.trainable, job.frozen))
+        _save(model, folder, state.trainable)
     if config.grpo is not None:
-        _report("run", folder)
+        hosts.once("the report", lambda: _report("run", folder))
     if experiment is not None:
-        experiment.after(model, folder, dataclasses.asdict(config))
+        settings = dataclasses.asdict(config)
+        _alone("the experiment after training", model, lambda local: experiment.after(local, folder, settings))
     return Result(model, metrics, job.steps, folder)
+
+
+def on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Makes a mesh the current one for a block; nothing without a mesh."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def _alone(what: str, model: api.Model, measure: Callable[[api.Model], Any]) -> None:
+    """Measures on the first host, with weights that lie there, while the others wait."""
+    if hosts.count() > 1:
+        base, memory = jax.tree.map(jnp.asarray, hosts.fetch((model.base, model.memory)))
+        model = dataclasses.replace(model, base=base, memory=memory)
+    hosts.once(what, lambda: measure(model) and None)
 
 
 def _report(kind: str, *arguments: Any) -> None:
@@ -150,17 +193,27 @@ def prepare(
       mesh: of the weights; None is the default device.
     """
     trainable, frozen = trees.split({"base": model.base, "memory": model.memory}, config.trainable)
-    rejected = Path(config.output) / "rejected.jsonl"
-    data = pipeline(config, config.data, model, source, rejected)
+    rejected = record.of_host(Path(config.output) / "rejected.jsonl")
+    data = pipeline(config, config.data, model, source, rejected, mesh)
     steps = config.loop.total_steps(data.steps_per_epoch)
     dtype = jax.tree.leaves(model.base)[0].dtype
     forward = sft.model_forward(model.spec, trainable, remat=config.remat, base_dtype=dtype)
     report = functools.partial(sft.gates, model.spec)
-    step = sft.make_train_step(forward, config.optimizer, steps, trainable, report=report, chunk=config.loss_chunk)
+    step = sft.make_train_step(
+        forward,
+        config.optimizer,
+        steps,
+        trainable,
+        report=report,
+        chunk=config.loss_chunk,
+        dtype=dtype,
+        donate=config.donate,
+    )
     state = descent.init_state(config.optimizer, trainable, config.seed)
     evaluate = None
     if held_out is not None and config.evaluation is not None:
-        rows = pipeline(config, config.evaluation, model, held_out, rejected.with_name("rejected_evaluation.jsonl"))
+        rejected = record.of_host(rejected.with_name("rejected_evaluation.jsonl"))
+        rows = pipeline(config, config.evaluation, model, held_out, rejected, mesh)
         evaluate = _evaluation(sft.make_eval_step(forward, config.loss_chunk), frozen, rows, mesh)
     step = loop.supervised(step, frozen, config.loop, config.seed, mesh)
     return Job(config.loop, steps, step, frozen, data, evaluate, mesh), state
@@ -169,39 +222,35 @@ def prepare(
 def load_model(config: TrainConfig, mesh: Mesh | None) -> api.Model:
     """The backbone with its memory, on the mesh."""
     folder = Path(config.backbone) if config.backbone else api.TINY
-    places = None
-    if mesh is not None:
-        backbone = registry.config_from_hf(huggingface.read_config(folder))
-        places = shardings(mesh, registry.backbone(backbone.model_type).shapes(backbone))
     limits = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
-    model = api.load(folder, config.dtype, memory=config.memory_folder, sharding=places, **limits)
+    model = api.load(folder, config.dtype, memory=config.memory_folder, mesh=mesh, **limits)
     if config.memory_folder is None and config.memory is not None:
         settings = dict(config.memory)
         model = model.attach(settings.pop("name"), key=jax.random.key(config.seed), **settings)
     if config.lora is not None:
         model = model.attach_lora(key=jax.random.fold_in(jax.random.key(config.seed), 1), **config.lora)
-    if mesh is not None:
-        base, memory = (jax.device_put(tree, shardings(mesh, tree)) for tree in (model.base, model.memory))
-        model = dataclasses.replace(model, base=base, memory=memory)
     return model
 
 
 def pipeline(
-    config: TrainConfig, data: DataConfig, model: api.Model, source: Sequence[Any], rejected: Path
+    config: TrainConfig, data: DataConfig, model: api.Model, source: Sequence[Any], rejected: Path, mesh: Mesh | None
 ) -> Pipeline:
-    """The batches of a dataset, encoded by the model's processor."""
+    """The batches of a dataset, encoded by the model's processor; of several hosts each encodes its own rows."""
     training = data is config.data
+    rows, parts = config.loop.batch_size, config.loop.accumulate
+    rows, parts = (rows, parts) if training else (rows // parts, 1)
     encode, assemble = encoders(data, model.processor, model.spec.backbone)
     return Pipeline(
         source=source,
         encode=encode,
         assemble=assemble,
-        batch_size=config.loop.batch_size if training else config.loop.batch_size // config.loop.accumulate,
+        batch_size=rows,
         shuffle=training and data.shuffle and data.source != "boards",
         seed=config.seed,
         rejections=Rejections(len(source), data.max_rejected_fraction, rejected),
         threads=data.threads,
         prefetch=data.prefetch,
+        share=share_of(mesh, rows, parts),
     )
 
 
@@ -209,10 +258,13 @@ def _evaluation(
     step: Callable[..., Any], frozen: Tree, data: Pipeline, mesh: Mesh | None
 ) -> Callable[[TrainState], dict[str, float]]:
     """state -> {"eval/loss", "eval/accuracy", "eval/tokens"} over the whole evaluation set."""
-    sharding = None if mesh is None else batch_sharding(mesh)
+
+    def on_devices(rows: Rows) -> Any:
+        batch = place(level(rows.batch, "a batch of the evaluation"), 1, mesh, data.batch_size)
+        return jax.tree.map(lambda leaf: leaf[0], batch)
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        batches = (loop.put(rows.batch, sharding) for rows in data.epoch())
+        batches = (on_devices(rows) for rows in data.epoch())
         return {f"eval/{k}": v for k, v in sft.evaluate(step, state.trainable, frozen, batches).items()}
 
     return evaluate
@@ -221,7 +273,7 @@ def _evaluation(
 def _mesh(config: MeshConfig) -> Mesh | None:
     """None for a single device: then nothing is placed anywhere but there."""
     sizes = dataclasses.asdict(config)
-    return None if set(sizes.values()) == {1} else make_mesh(**sizes)
+    return None if set(sizes.values()) == {1} and hosts.count() == 1 else make_mesh(**sizes)
 
 
 def _identity(config: TrainConfig, model: api.Model, source: Sequence[Any], steps: int) -> dict[str, Any]:
@@ -263,7 +315,7 @@ def _save(model: api.Model, folder: Path, trained: Tree) -> None:
         target = folder / BACKBONE
         base = lora.strip(model.base)
         huggingface.save_backbone(target, base, model.spec.backbone, hf_config=hf_config, overwrite=True)
-        for path in model.folder.iterdir():
+        for path in model.folder.iterdir() if hosts.first() else ():
             beside = path.suffix in (".json", ".jinja", ".txt") and path.name not in ("config.json", WEIGHT_INDEX)
             if beside and path.is_file():
                 shutil.copy2(path, target / path.name)

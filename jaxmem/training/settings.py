@@ -8,8 +8,11 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
+from jaxmem.backbones.decoder import REMAT
 from jaxmem.data.batching import Buckets
 from jaxmem.data.boards import BoardDataset
+from jaxmem.distributed.hosts import HostsConfig
+from jaxmem.distributed.mesh import complete
 from jaxmem.errors import ConfigError
 from jaxmem.training.grpo_settings import GRPOConfig
 from jaxmem.training.loop import LoopConfig
@@ -50,10 +53,18 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices: `data` copies, weights cut over `fsdp` and `tensor` (jaxmem.distributed.mesh)."""
+    """Devices, by axes (jaxmem.distributed.mesh); one of the sizes may be -1: all devices that the others leave.
+
+    Attributes:
+      data: rows of a batch, on copies of the weights.
+      fsdp: rows too, and weights cut to pieces.
+      sequence: tokens of a row and completions of a group, and weights cut to further pieces.
+      tensor: heads and hidden units.
+    """
 
     data: int = 1
     fsdp: int = 1
+    sequence: int = 1
     tensor: int = 1
 
 
@@ -78,7 +89,12 @@ class TrainConfig:
       optimizer: AdamW and its schedule.
       loop: steps, batches, evaluations, checkpoints.
       mesh: devices.
-      remat: recompute decoder layers in the backward pass.
+      hosts: how several hosts find one another and wait.
+      remat: what of a decoder layer is recomputed in the backward pass: "full" (or True), "dots" keeps the results of
+        matrix products with weights, "none" (or False) keeps everything.
+      donate: a step writes the new state into the memory of the old one.
+      compile_cache: folder of compiled programs, for later starts and other hosts; trust it like code. None leaves it
+        to JAX_COMPILATION_CACHE_DIR.
       loss_chunk: positions whose logits exist at once.
       min_pixels, max_pixels: replace the folder's limits per image.
       experiment: {"name": "digit_boards", ...}, measurements before and after the training; None makes none.
@@ -99,7 +115,10 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     loop: LoopConfig = LoopConfig()
     mesh: MeshConfig = MeshConfig()
-    remat: bool = True
+    hosts: HostsConfig = HostsConfig()
+    remat: bool | str = True
+    donate: bool = True
+    compile_cache: str | None = None
     loss_chunk: int = 2048
     min_pixels: int | None = None
     max_pixels: int | None = None
@@ -112,10 +131,24 @@ class TrainConfig:
             raise ConfigError('experiment has no key "name"; write for example {"name": "digit_boards"}')
         if len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"seeds {self.seeds} names one twice; every seed is a run of its own")
-        self._check_rows()
+        if self.remat not in REMAT:
+            raise ConfigError(f"remat {self.remat!r} is none of {', '.join(map(repr, REMAT))}")
+        if self.loop.accumulate and -1 not in dataclasses.astuple(self.mesh):
+            self._check_rows()
+
+    def resolved(self, devices: int) -> TrainConfig:
+        """The run on so many devices: mesh sizes of -1 and `loop.accumulate` of 0 (one row per device) become numbers.
+
+        Raises:
+          ConfigError: mesh, rows and devices do not divide one another.
+        """
+        mesh = MeshConfig(**complete(dataclasses.asdict(self.mesh), devices))
+        rows = self.loop.batch_size // (1 if self.grpo is None else self.grpo.minibatches)
+        accumulate = self.loop.accumulate or max(1, rows // (mesh.data * mesh.fsdp))
+        return dataclasses.replace(self, mesh=mesh, loop=dataclasses.replace(self.loop, accumulate=accumulate))
 
     def _check_rows(self) -> None:
-        """Rows must divide into minibatches, microbatches and devices."""
+        """Rows must divide into minibatches, microbatches and devices; groups into the sequence axis."""
         ways = self.mesh.data * self.mesh.fsdp
         updates = 1 if self.grpo is None else self.grpo.minibatches
         if self.loop.batch_size % (updates * self.loop.accumulate):
@@ -125,7 +158,15 @@ class TrainConfig:
             )
         rows = self.loop.batch_size // self.loop.accumulate // updates
         if ways < 1 or rows % ways:
-            raise ConfigError(f"{rows} rows per microbatch cannot be shared by mesh data x fsdp = {ways} devices")
+            raise ConfigError(
+                f"{rows} rows per microbatch cannot be shared by mesh data x fsdp = {ways} devices: loop.batch_size"
+                f" {self.loop.batch_size} / loop.accumulate {self.loop.accumulate} must be a multiple of {ways}"
+            )
+        if self.grpo is not None and self.grpo.group % self.mesh.sequence:
+            raise ConfigError(
+                f"grpo.group {self.grpo.group} cannot be dealt to mesh.sequence = {self.mesh.sequence} devices; use a"
+                " divisor of the group"
+            )
 
 
 def config_dict(config: TrainConfig) -> ConfigDict:

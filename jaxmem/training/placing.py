@@ -1,0 +1,80 @@
+"""Batches of the host to the devices of a mesh: which rows a host reads, and where they go.
+
+Axis letters: G rows of a batch, A microbatches, B rows of one (G = A * B).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxmem.backbones.batch import Batch
+from jaxmem.data.batching import widen
+from jaxmem.distributed import hosts
+from jaxmem.distributed.mesh import ROWS
+
+
+def share_of(mesh: Mesh | None, rows: int, parts: int = 1) -> tuple[int, ...] | None:
+    """Which of the G rows of a batch this host reads: those of its own devices. None with one host: all."""
+    if mesh is None or hosts.count() == 1:
+        return None
+    each = rows // parts
+    return tuple(part * each + row for part in range(parts) for row in _held(mesh, each))
+
+
+def _held(mesh: Mesh, rows: int) -> list[int]:
+    """Which of the B rows of a microbatch lie on devices of this host, ascending."""
+    places = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for index in places if index for row in range(*index[0].indices(rows))})
+
+
+def level(batch: Batch, what: str) -> Batch:
+    """The batch in the largest bucket that a host chose for its rows: one shape, and so one program, on all hosts."""
+    if hosts.count() == 1:
+        return batch
+    _, tokens, patches = batch.shape_key
+    largest = hosts.share(
+        what, (tokens, patches), lambda shapes: tuple(max(column) for column in zip(*shapes, strict=True))
+    )
+    return widen(batch, *largest)
+
+
+def place(batch: Any, parts: int, mesh: Mesh | None, rows: int | None = None) -> Any:
+    """[G, ...] on the host -> [A, B, ...] on the devices, rows over the mesh's data axes.
+
+    Args:
+      batch: leaves [G, ...], or this host's share of them.
+      parts: A.
+      mesh: None is the default device.
+      rows: G, where the batch is a share (`share_of`).
+    """
+    stacked = jax.tree.map(lambda leaf: np.asarray(leaf).reshape(parts, -1, *np.shape(leaf)[1:]), batch)
+    if mesh is None:
+        return put(stacked, None)
+    sharding = NamedSharding(mesh, P(None, ROWS))
+    if rows is None or hosts.count() == 1:
+        return put(stacked, sharding)
+    position = {row: at for at, row in enumerate(_held(mesh, rows // parts))}
+
+    def one(leaf: np.ndarray) -> jax.Array:
+        shape = (parts, rows // parts, *leaf.shape[2:])
+
+        def piece(index: Any) -> np.ndarray:
+            mine = [position[row] for row in range(*index[1].indices(shape[1]))]
+            return leaf[:, mine][(index[0], slice(None), *index[2:])]
+
+        return jax.make_array_from_callback(shape, sharding, piece)
+
+    return jax.tree.map(one, stacked)
+
+
+def put(batch: Any, sharding: NamedSharding | None) -> Any:
+    """Host arrays to the devices; every host holds the whole batch and keeps its own part."""
+    if sharding is None:
+        return jax.tree.map(jnp.asarray, batch)
+    return jax.tree.map(lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__), batch)
