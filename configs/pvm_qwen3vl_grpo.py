@@ -29,7 +29,7 @@ WHAT = {
 def get_config(what: str) -> ConfigDict:
     size, _, mode = what.partition("-")
     backbone, chosen = choose(SIZES, size, "size"), choose(WHAT, mode or "all", "choice of what trains")
-    buckets = {"tokens": tuple(256 * 2**i for i in range(8)), "patches": tuple(256 * 2**i for i in range(9))}
+    buckets = {"tokens": tuple(256 * 2**i for i in range(5)), "patches": tuple(256 * 2**i for i in range(6))}
     data = {"source": "jsonl", "buckets": buckets, "max_rejected_fraction": 0.0, "threads": 8, "prefetch": 4}
     return ConfigDict(
         {
@@ -72,6 +72,7 @@ def get_config(what: str) -> ConfigDict:
                 "minibatches": 1,
                 "mask_truncated": True,
                 "old_logprobs": "trainer",  # the ratio is 1, also in bfloat16; costs one more forward pass
+                "prompts_at_once": 2,
                 "resample": 0,
                 "eval_group": 1,
                 "eval_temperature": 0.0,
@@ -88,12 +89,14 @@ def get_config(what: str) -> ConfigDict:
                 "weight_decay": 0.0,
                 "clip_norm": 1.0,
                 "multipliers": (),
+                "moment_dtype": "bfloat16",
+                "accumulate_dtype": "float32",
             },
             "loop": {
                 "steps": 0,  # 0: by epochs
                 "epochs": 1,
                 "batch_size": 8,  # prompts, of `group` completions each
-                "accumulate": 8,
+                "accumulate": 0,  # 0: as many microbatches as leave one prompt for each of mesh data x fsdp
                 "p_block": 0.0,
                 "log_every": 1,
                 "eval_every": 10,
@@ -104,8 +107,8 @@ def get_config(what: str) -> ConfigDict:
                 "progress": True,
                 "tensorboard": True,
             },
-            "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
-            "remat": True,
+            "mesh": {"data": 1, "fsdp": -1, "sequence": 8, "tensor": 2},
+            "remat": "full",
             "loss_chunk": 2048,
             "min_pixels": None,
             "max_pixels": None,

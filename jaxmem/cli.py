@@ -103,6 +103,21 @@ VERBS: Mapping[str, Verb] = {
         argument="FILE",
         example="jaxmem reward completions.jsonl --function=pvm --function=math",
     ),
+    "plan": Verb(
+        "jaxmem.planning.cli:main",
+        "say what a run would need on a TPU pod or GPUs, without having them",
+        (
+            Flag("topology", "texts", [], "chips and shape, v5e:4x4 or h100:2x8 (nodes x GPUs); repeat for a table"),
+            Flag("mesh", "texts", [], "axes such as fsdp=4,sequence=4 instead of config.mesh; repeat for a table"),
+            Flag("tokens", "int", 0, "length of the planned rows; 0 is the longest of config.data.buckets"),
+            Flag("patches", "int", 0, "image patches of the planned rows; 0 is the longest of config.data.buckets"),
+            Flag("sweep", "bool", False, "one line per topology, mesh and program"),
+            Flag("scaling_svg", "text", None, "draw weak scaling to this file; the batch grows with the chips"),
+            _JSON,
+        ),
+        config="required",
+        example="jaxmem plan --config=configs/pvm_qwen3vl.py:8b --topology=v5e:4x4",
+    ),
     "bench": Verb(
         "jaxmem.bench.run:main",
         "measure jaxmem against its peer in one run",
@@ -113,7 +128,7 @@ VERBS: Mapping[str, Verb] = {
     "doctor": Verb(
         "jaxmem.doctor:main",
         "show versions, devices, memory and what is missing for what",
-        (_JSON,),
+        (Flag("checkpoint", "text", None, "a run's folder: verify its checkpoints instead"), _JSON),
         example="jaxmem doctor",
     ),
 }
@@ -133,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"jaxmem: {error}", file=sys.stderr)
-        return 2
+        return getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
         print("jaxmem: interrupted", file=sys.stderr)
         return 130

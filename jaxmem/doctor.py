@@ -1,4 +1,4 @@
-"""`jaxmem doctor`: versions, devices, memory, and what is missing for what."""
+"""`jaxmem doctor`: versions, devices, memory, what is missing for what; or whether checkpoints are whole."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json as json_lib
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,32 @@ EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
 """Extras of the package: the distributions that show that one is installed, and what it is for."""
 
 
-def main(json: bool = False) -> int:
-    """Print the report, as text or as one JSON object; returns 1 when there are problems, else 0."""
-    found = report()
-    print(json_lib.dumps(found, indent=2) if json else render(found))
+def main(json: bool = False, checkpoint: str | None = None) -> int:
+    """Print the report, as text or as one JSON object.
+
+    Args:
+      json: one JSON object and nothing else.
+      checkpoint: a run's folder; then the report is about its checkpoints.
+
+    Returns:
+      1 when there are problems, else 0.
+
+    Raises:
+      CheckpointError: `checkpoint` is not the folder of a run.
+    """
+    found, text = (report(), render) if checkpoint is None else _checkpoints(checkpoint)
+    print(json_lib.dumps(found, indent=2) if json else text(found))
     return 1 if found["problems"] else 0
+
+
+def _checkpoints(folder: str) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], str]]:
+    """The report about a run's checkpoints and what prints it; no accelerator is taken from a run that goes on."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    from jaxmem.checkpoints import examine
+
+    return examine.examine(folder), examine.render
 
 
 def report() -> dict[str, Any]:

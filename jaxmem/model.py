@@ -19,6 +19,7 @@ from jaxmem.backbones.decoder import KeysValues, Observe, Remat, Stream
 from jaxmem.backbones.layers import rms_normalise
 from jaxmem.backbones.ports import Ports, by_slot
 from jaxmem.backbones.registry import backbone
+from jaxmem.distributed.mesh import constrain
 from jaxmem.memory.mlp_branch import MLPConfig
 from jaxmem.memory.pvm import PVMConfig
 from jaxmem.memory.registry import memory as memory_module
@@ -167,13 +168,13 @@ def read(spec: Spec, base: Any, memory: Any, batch: Batch, *, remat: Remat = Fal
     """Reads prompts once, for all of their continuations; arguments as for `hidden_states`."""
     prompt = read_prompt(spec, base, memory, batch)
     ports = prompt.own + memory_ports(spec, memory, prompt.states, prompt.stream)
-    among = decoder.among(prompt.stream, prompt.stream)
+    among, keep = decoder.among(prompt.stream, prompt.stream), lambda leaf: constrain(leaf, "kept_keys")
     x, (past, remembered) = decoder.scan_layers(
         spec.backbone.text,
         base["layers"],
         prompt.x,
         prompt.angle,
-        lambda query, key, value: (among(query, key, value)[0], (key, value)),
+        lambda query, key, value: (among(query, key, value)[0], (keep(key), keep(value))),
         ports=ports,
         remat=remat,
         backward_from=backward_from,

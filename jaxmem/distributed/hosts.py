@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmem.errors import ConfigError, JaxmemError
 
@@ -174,6 +176,7 @@ def together() -> Iterator[None]:
     """A block that all hosts run: where one fails, all end with its message."""
     try:
         yield
+        _drain()
     except BaseException as error:
         if count() > 1 and not getattr(error, "shared", False):
             died = isinstance(error, jax.errors.JaxRuntimeError)
@@ -187,6 +190,17 @@ def together() -> Iterator[None]:
                     " last checkpoint"
                 ) from error
         raise
+
+
+def _drain() -> None:
+    """Waits until every device of every host has finished: a host that leaves earlier may leave another one hanging."""
+    if count() > 1:
+        mesh = Mesh(np.array(jax.devices()), ("all",))
+        ones = jax.make_array_from_callback(
+            (mesh.size,), NamedSharding(mesh, PartitionSpec("all")), lambda index: np.ones(mesh.size)[index]
+        )
+        jax.block_until_ready(jax.jit(jnp.sum)(ones))
+        share("the end", None, lambda values: None)
 
 
 def _meet(what: str, kind: str, value: Any, combine: Callable[[list[Any]], Any]) -> Any:

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -57,12 +58,17 @@ ACTIVATIONS: Mapping[str, P] = {
     "keys": P(ROWS, None, "tensor", None),  # [B, S, K, H]: every query of a row may ask every key
     "branch_queries": P(ROWS, "sequence", None, "tensor", None),  # [B, G, Q, N, H]
     "branch_keys": P(ROWS, "sequence", "tensor", None, None),  # [B, G, K, U, H], also the cache of continuations
+    "kept_keys": P(ROWS, "sequence", "tensor", None),  # [B, T, K, H] of a prompt, until a layer of continuations asks
     "trunk_keys": P(ROWS, "tensor", None, None),  # [B, K, S, H], also the cache of prompts
+    # The loss: each device has a part of the vocabulary, for all positions [B, C, D] of a chunk.
+    "head": P(("tensor", *PIECES), None),
+    "chunk": P("data", None, None),
+    "logits": P("data", None, ("tensor", *PIECES)),
+    "next_logits": P(None, None, "tensor"),  # [B, G, V] of one generated token each, before they become `scores`
     "token": P(None, None, PIECES),  # [B, G, D] one generated token each: weights stay where they are
     "scores": P(ROWS, "sequence", None),  # [B, G, V] logits of generated tokens
 }
 """Activations, by the names that the forward passes use in `constrain`."""
-BATCH = P(ROWS)
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, sequence: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
@@ -132,9 +138,21 @@ def shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Rows over `data` and `fsdp`: every array of a Batch shards on its first axis and on nothing else."""
-    return NamedSharding(mesh, BATCH)
+def batch_shardings(mesh: Mesh | AbstractMesh, batch: Any, leading: int = 0) -> Any:
+    """NamedShardings for a Batch, or another tree with rows: rows over `data` and `fsdp`, pixels over `sequence` too.
+
+    Args:
+      mesh: the mesh.
+      batch: leaves [..., B, ...], of any dataclass; what is called `patches` holds the pixels, [..., B, P, C].
+      leading: axes in front of B.
+    """
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        pixels = jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")[2] == "patches"
+        spec = P(*[None] * leading, ROWS, *(["sequence"] if pixels else []))
+        return NamedSharding(mesh, _fitted(spec, np.shape(leaf), mesh))
+
+    return jax.tree_util.tree_map_with_path(place, batch)
 
 
 def ambient() -> AbstractMesh | None:
@@ -149,11 +167,16 @@ def ways(*axes: str) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
 
 
+def activation_sharding(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], name: str) -> NamedSharding:
+    """Where `ACTIVATIONS[name]` wants an array of some shape."""
+    return NamedSharding(mesh, _fitted(ACTIVATIONS[name], shape, mesh))
+
+
 def constrain(x: Any, name: str) -> Any:
     """An activation where `ACTIVATIONS[name]` wants it on the current mesh; unchanged without a mesh."""
     if (mesh := ambient()) is None:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _fitted(ACTIVATIONS[name], x.shape, mesh)))
+    return jax.lax.with_sharding_constraint(x, activation_sharding(mesh, x.shape, name))
 
 
 def constrain_weights(tree: Any) -> Any:

@@ -60,7 +60,7 @@ class Generated:
 
 def _record(settings: SamplerConfig, state: State, scores: Array) -> State:
     """Draws a token for every continuation that goes on and writes it down; scores [B, G, V]."""
-    scores = constrain(scores, "scores")
+    scores = constrain(constrain(scores, "next_logits"), "scores")
     keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(state.keys, state.index)
     flat = lambda leaf: None if leaf is None else leaf.reshape(-1, *leaf.shape[2:])  # noqa: E731
     drawn, logprob = (

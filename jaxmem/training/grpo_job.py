@@ -17,7 +17,6 @@ from jaxmem.api import Model
 from jaxmem.data.pipeline import Pipeline, Rejections
 from jaxmem.data.records import name_of
 from jaxmem.distributed import hosts
-from jaxmem.distributed.mesh import batch_sharding
 from jaxmem.errors import ConfigError, DataError
 from jaxmem.training import descent, grpo, grpo_run, record, sft, trees
 from jaxmem.training.descent import TrainState
@@ -94,10 +93,9 @@ def prepare(
     dtype = jax.tree.leaves(model.base)[0].dtype
     forward = grpo.model_forward(model.spec, trainable, remat=config.remat, base_dtype=dtype)
     score = grpo.make_score(forward, method.temperature, config.loss_chunk)
-    sharding = None if mesh is None else batch_sharding(mesh)
     at_once = method.prompts_at_once * config.mesh.data * config.mesh.fsdp
     rows = config.loop.batch_size
-    player = Player(model.spec, model.processor, config.data.buckets, rewards, rows, sharding, min(at_once, rows))
+    player = Player(model.spec, model.processor, config.data.buckets, rewards, rows, mesh, min(at_once, rows))
     trainer = grpo_run.Trainer(
         config=method,
         loop=config.loop,

@@ -7,41 +7,32 @@ the blindfolds are pure functions of (dataset, seed, step).
 from __future__ import annotations
 
 import dataclasses
-import json
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmem.backbones.batch import Batch
 from jaxmem.checkpoints.native import CheckpointStore
 from jaxmem.data.pipeline import Pipeline, Rows, blind_rows
-from jaxmem.distributed.mesh import BATCH
-from jaxmem.errors import CheckpointError, ConfigError, JaxmemError
+from jaxmem.distributed import hosts
+from jaxmem.errors import CheckpointError, ConfigError
+from jaxmem.training import goodput, position
 from jaxmem.training.descent import Metrics, TrainState
-from jaxmem.training.metrics import SHOWN, Display, MetricLog, read, truncate
+from jaxmem.training.goodput import Goodput
+from jaxmem.training.metrics import EVENTS, SAMPLES, SKIPPED, Display, MetricLog, read, truncate
+from jaxmem.training.placing import level, place, share_of
+from jaxmem.training.recorder import NonFiniteError as NonFiniteError
+from jaxmem.training.recorder import Recorder
+from jaxmem.training.saving import Saver
+from jaxmem.training.signals import Interrupted, Signals
 from jaxmem.training.trees import Tree
 
-SKIPPED = "skipped.jsonl"
-SAMPLES, EVENTS = "samples.jsonl", "events.jsonl"
 Step = Callable[[TrainState, Rows, int], tuple[TrainState, Metrics]]
-
-
-class NonFiniteError(JaxmemError):
-    """Loss or gradient stayed infinite or NaN for too many steps in a row."""
-
-
-class Interrupted(JaxmemError):
-    """A signal asked the run to stop; its last step is in a checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +43,20 @@ class LoopConfig:
       steps: optimizer steps in all; 0 means `epochs`.
       epochs: passes over the dataset.
       batch_size: rows per optimizer step, over all devices and microbatches.
-      accumulate: microbatches that a step's rows are cut into.
+      accumulate: microbatches that a step's rows are cut into; 0 makes as many as leave one row for each of the mesh's
+        data x fsdp ways.
       p_block: share of rows with visual-key blocking: their text cannot attend to the image in the backbone, only
         through the memory (0 is the paper).
       log_every: steps between lines of metrics.
       eval_every: steps between evaluations; 0 evaluates at the end only.
       checkpoint_every: steps between checkpoints.
+      checkpoint_seconds: seconds after which there is a checkpoint whatever the step; counted from the beginning of
+        the last one, by the clock of host 0; 0 goes by steps alone.
       keep: newest checkpoints that stay.
+      keep_best: checkpoints with the best evaluations that stay besides; an evaluation that is better than all before
+        it makes a checkpoint. 0 keeps none.
+      best_metric: metric of the evaluation that decides; "" is the first of eval/reward, eval/accuracy and eval/loss
+        that there is. Lower is better for names that end in "loss", higher for all others.
       max_nonfinite: steps in a row that may be skipped because loss or gradient is not finite.
       resume: "auto" goes on where an earlier start stopped, if there was one; "must" insists on one; "never" insists
         on a fresh directory.
@@ -74,17 +72,23 @@ class LoopConfig:
     log_every: int = 1
     eval_every: int = 0
     checkpoint_every: int = 500
+    checkpoint_seconds: float = 60.0
     keep: int = 3
+    keep_best: int = 1
+    best_metric: str = ""
     max_nonfinite: int = 5
     resume: Literal["auto", "never", "must"] = "auto"
     progress: bool = True
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "log_every", "checkpoint_every", "keep", "max_nonfinite", "epochs"):
+        for name in ("batch_size", "log_every", "checkpoint_every", "keep", "max_nonfinite", "epochs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"loop.{name} must be at least 1, got {getattr(self, name)}")
-        if self.batch_size % self.accumulate:
+        for name in ("accumulate", "checkpoint_seconds", "keep_best"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"loop.{name} must not be negative, got {getattr(self, name)}")
+        if self.accumulate and self.batch_size % self.accumulate:
             raise ConfigError(f"loop.batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
         if not 0 <= self.p_block <= 1:
             raise ConfigError(f"loop.p_block is a share between 0 and 1, got {self.p_block}")
@@ -107,6 +111,7 @@ class Job:
       evaluate: state -> metrics named "eval/...", or None.
       mesh: devices; None is the default device.
       evaluate_first: evaluate in front of the first step too.
+      began: `time.monotonic()` when the program began, for its start-up time; None is when the loop begins.
     """
 
     config: LoopConfig
@@ -117,6 +122,7 @@ class Job:
     evaluate: Callable[[TrainState], dict[str, float]] | None = None
     mesh: Mesh | None = None
     evaluate_first: bool = False
+    began: float | None = None
 
 
 def supervised(
@@ -136,14 +142,20 @@ def supervised(
       mesh: devices.
     """
 
+    share = share_of(mesh, config.batch_size, config.accumulate)
+
     def one(state: TrainState, rows: Rows, done: int) -> tuple[TrainState, Metrics]:
-        return step(state, frozen, place(blinded(rows.batch, config, seed, done), config.accumulate, mesh))
+        batch = level(blinded(rows.batch, config, seed, done, share), "a batch of the training")
+        return step(state, frozen, place(batch, config.accumulate, mesh, config.batch_size))
 
     return one
 
 
 def run(job: Job, state: TrainState, store: CheckpointStore, folder: str | Path) -> tuple[TrainState, dict[str, float]]:
     """Trains to the last step, from the newest checkpoint if there is one.
+
+    `metrics.jsonl` holds every step once and in order, whatever ended the starts before: lines are written before
+    the checkpoint that covers them, and those later than the checkpoint are removed before their steps are done again.
 
     Args:
       job: what to do.
@@ -156,66 +168,107 @@ def run(job: Job, state: TrainState, store: CheckpointStore, folder: str | Path)
 
     Raises:
       NonFiniteError: loss or gradient stayed non-finite for `max_nonfinite` steps.
-      Interrupted: SIGTERM or SIGINT; a checkpoint was written.
+      Interrupted: SIGTERM, SIGINT or a notice that the machine is taken away, on any host; all hosts ended after the
+        same step, and it is in a checkpoint.
       DataError, CheckpointError: of the data and of the checkpoints.
     """
-    state, skipped = resume(job, state, store)
-    start = int(state.step)
-    for name in (SKIPPED, SAMPLES, EVENTS):
-        truncate(Path(folder) / name, start)
-    with (
-        MetricLog(folder, start, tensorboard=job.config.tensorboard) as log,
-        Display(start, job.steps, job.config.progress) as display,
-        _Signals() as signals,
-    ):
-        if start:
-            display.say(f"resuming after step {start} of {job.steps}")
-        recorder = _Recorder(job, log, display, Path(folder), skipped)
-        if job.evaluate is not None and job.evaluate_first and not start:
-            recorder.evaluated(0, job.evaluate(state))
-        for done, wait, rows in _timed(job.data.steps(start, job.steps), start):
-            state, metrics = job.step(state, rows, done)
-            recorder.take(done + 1, rows.names, metrics, wait)
-            _after_step(job, state, done + 1, store, recorder, signals)
-        recorder.flush()
-        store.wait()
+    config, folder = job.config, Path(folder)
+    with Signals() as signals:
+        state, about = resume(job, state, store)
+        start, first = int(state.step), hosts.first()
+        clock, last = hosts.once("what earlier starts wrote", lambda: _go_on(job, folder, start, about))
+        clock = Goodput(clock, job.began)
+        with (
+            MetricLog(folder, start or -1, tensorboard=config.tensorboard, quiet=not first) as log,
+            Display(start, job.steps, config.progress and first) as display,
+        ):
+            if start:
+                display.say(f"resuming after step {start} of {job.steps}")
+            recorder = Recorder(
+                log,
+                display,
+                folder,
+                clock,
+                steps=job.steps,
+                log_every=config.log_every,
+                max_nonfinite=config.max_nonfinite,
+                skipped=about.get("skipped_in_a_row", 0),
+                last=last,
+            )
+            saver = Saver(store, folder, recorder, clock, signals, config.checkpoint_seconds, config.keep_best)
+            state = _steps(job, state, start, recorder, saver)
     return state, recorder.last
 
 
-def _after_step(
-    job: Job, state: TrainState, step: int, store: CheckpointStore, recorder: _Recorder, signals: _Signals
-) -> None:
-    """Evaluation, checkpoint, and the end on a signal."""
+def _steps(job: Job, state: TrainState, start: int, recorder: Recorder, saver: Saver) -> TrainState:
+    """The steps after `start`, each with what follows it."""
+    if job.evaluate is not None and job.evaluate_first and not start:
+        saver.clock.lap("startup")
+        recorder.evaluated(0, job.evaluate(state))
+        saver.clock.lap("evaluation")
+    for done, wait, rows in _timed(job, start, recorder, saver.clock):
+        state, metrics = job.step(state, rows, done)
+        saver.clock.lap("step" if done > start else "startup")
+        recorder.take(done + 1, rows.names, metrics, wait)
+        _after_step(job, state, done + 1, recorder, saver)
+    if start < job.steps:
+        saver.finish()
+    return state
+
+
+def _after_step(job: Job, state: TrainState, step: int, recorder: Recorder, saver: Saver) -> None:
+    """Evaluation, checkpoint, and the end when somebody asked for it."""
     last, every = step == job.steps, job.config.eval_every
+    values = None
     if job.evaluate is not None and (last or (every and step % every == 0)):
         recorder.flush()
-        recorder.evaluated(step, job.evaluate(state))
-    if last or signals.caught or store.due(step):
-        recorder.flush()
-        store.save(step, _kept(state), {"skipped_in_a_row": recorder.skipped}, force=True)
-    if signals.caught and not last:
-        store.wait()
-        raise Interrupted(f"stopped by {signals.caught} after step {step} of {job.steps}; the same command goes on")
+        values = job.evaluate(state)
+        saver.clock.lap("evaluation")
+        recorder.evaluated(step, values)
+    agreed = saver.agree(step, values, job.config.best_metric)
+    if last or agreed.stop or agreed.save:
+        saver.save(step, state, agreed.score, position.position(job.data, step))
+    if agreed.stop and not last:
+        saver.finish()
+        raise Interrupted(f"stopped by {agreed.stop} after step {step} of {job.steps}; the same command goes on")
 
 
-def _kept(state: TrainState) -> TrainState:
-    """The state as the writer in the background may keep it: on a CPU it would share memory that a step donates."""
-    return jax.tree.map(jnp.copy, state) if jax.default_backend() == "cpu" else state
+def _go_on(job: Job, folder: Path, start: int, about: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Host 0 at the beginning of a start: (seconds booked by kind, metrics of the steps up to `start`).
+
+    What was written about later steps is removed; that their time is lost is written first.
+    """
+    lines, latest = read(folder), about.get("goodput", {})
+    if start < job.steps:
+        latest = goodput.known(folder, lines)
+        latest = goodput.resumed(latest, about.get("goodput", latest if start else {}))
+        Goodput(latest).save(folder)
+    for name in (SKIPPED, SAMPLES, EVENTS):
+        truncate(folder / name, start)
+    return latest, {name: v for line in lines if line["step"] <= start for name, v in line.items()}
 
 
-def resume(job: Job, state: TrainState, store: CheckpointStore) -> tuple[TrainState, int]:
-    """The newest checkpoint, or `state`, according to `job.config.resume`; and the skipped steps just before it."""
+def resume(job: Job, state: TrainState, store: CheckpointStore) -> tuple[TrainState, dict[str, Any]]:
+    """The newest checkpoint, or `state`, according to `job.config.resume`; and the metadata of the checkpoint.
+
+    Raises:
+      CheckpointError: `job.config.resume` does not allow it, the checkpoint is another run's or damaged, or the data
+        are not what the run read before.
+      HostError: the hosts do not see the same checkpoints.
+    """
     state = _spread(state, job.mesh)
     latest = store.latest()
+    hosts.agree("state of the run", {"newest checkpoint (all hosts must share the output directory)": latest})
     if latest is None:
         if job.config.resume == "must":
             raise CheckpointError('resume is "must", and the output directory has no checkpoint')
-        return state, 0
+        return state, {}
     if job.config.resume == "never":
         raise CheckpointError(f'resume is "never", and the output directory has a checkpoint of step {latest}')
     restored = store.restore(state)
     assert restored is not None  # there is a latest step
-    return restored.state, int(restored.metadata.get("skipped_in_a_row", 0))
+    position.verify(restored.metadata.get("position"), job.data, latest)
+    return restored.state, restored.metadata
 
 
 def _spread(state: TrainState, mesh: Mesh | None) -> TrainState:
@@ -228,125 +281,23 @@ def _spread(state: TrainState, mesh: Mesh | None) -> TrainState:
     )
 
 
-def _timed(rows: Iterator[Rows], start: int) -> Iterator[tuple[int, float, Rows]]:
+def _timed(job: Job, start: int, recorder: Recorder, clock: Goodput) -> Iterator[tuple[int, float, Rows]]:
     """(steps done before, seconds waited for the batch, the batch)."""
-    for done in range(start, 2**62):
+    rows = job.data.steps(start, job.steps)
+    for done in range(start, job.steps):
+        if done > start:
+            clock.lap("step")
         began = time.perf_counter()
-        try:
-            batch = next(rows)
-        except StopIteration:
-            return
-        yield done, time.perf_counter() - began, batch
+        batch = next(rows)
+        wait = time.perf_counter() - began
+        if done > start:
+            clock.lap("step" if recorder.busy() else "input_wait")
+        yield done, wait, batch
 
 
-def blinded(batch: Batch, config: LoopConfig, seed: int, done: int) -> Batch:
-    """The batch with the blindfolds of the step that follows on `done` steps."""
+def blinded(batch: Batch, config: LoopConfig, seed: int, done: int, share: tuple[int, ...] | None = None) -> Batch:
+    """The batch, or this host's share of it, with the blindfolds of the step that follows on `done` steps."""
     if not config.p_block:
         return batch
-    return dataclasses.replace(batch, blind=blind_rows(seed, done, len(batch.tokens), config.p_block))
-
-
-def place(batch: Any, parts: int, mesh: Mesh | None) -> Any:
-    """[G, ...] on the host -> [parts, G / parts, ...] on the devices, rows over the mesh's data axes."""
-    stacked = jax.tree.map(lambda leaf: np.asarray(leaf).reshape(parts, -1, *leaf.shape[1:]), batch)
-    return put(stacked, None if mesh is None else NamedSharding(mesh, P(None, *BATCH)))
-
-
-def put(batch: Any, sharding: NamedSharding | None) -> Any:
-    """Host arrays to the devices; every process holds the whole batch and keeps its own part."""
-    if sharding is None:
-        return jax.tree.map(jnp.asarray, batch)
-    return jax.tree.map(lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__), batch)
-
-
-class _Recorder:
-    """Reads the metrics of a step while the next one runs, and keeps account of skipped steps.
-
-    Attributes:
-      skipped: steps skipped in a row up to now.
-      last: metrics of the last step read, with those of the last evaluation.
-    """
-
-    def __init__(self, job: Job, log: MetricLog, display: Display, folder: Path, skipped: int) -> None:
-        self.skipped, self.last = skipped, {name: v for line in read(folder) for name, v in line.items()}
-        self._job, self._log, self._display, self._skips = job, log, display, folder / SKIPPED
-        self._waiting: tuple[int, tuple[str, ...], Metrics, float] | None = None
-        self._clock = time.perf_counter()
-        self._history: list[str] = []
-
-    def take(self, step: int, names: tuple[str, ...], metrics: Metrics, wait: float) -> None:
-        """Hands over a step that was just started; the one before it is read and written."""
-        self.flush()
-        self._waiting = (step, names, metrics, wait)
-
-    def flush(self) -> None:
-        """Waits for the step handed over last and writes it."""
-        if self._waiting is None:
-            return
-        (step, names, metrics, wait), self._waiting = self._waiting, None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
-        values |= {"seconds": seconds, "wait_seconds": wait, "tokens_per_second": values["tokens"] / seconds}
-        self.last |= {"step": step, **values}
-        if step % self._job.config.log_every == 0 or step == self._job.steps or values["skipped"]:
-            self._log.write(step, values)
-        self._display.step(step, values)
-        self._account(step, names, values)
-
-    def _account(self, step: int, names: tuple[str, ...], values: dict[str, float]) -> None:
-        """Counts skipped steps; NonFiniteError at too many in a row."""
-        if not values["skipped"]:
-            self.skipped, self._history = 0, []
-            return
-        self.skipped += 1
-        fault = f"loss {values['loss']:g}, gradient norm {values['grad_norm']:g}"
-        line = {"step": step, "loss": repr(values["loss"]), "grad_norm": repr(values["grad_norm"]), "rows": list(names)}
-        with open(self._skips, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self._history.append(f"step {step} ({fault}): {_few(names)}")
-        self._display.say(f"step {step} skipped, nothing was updated: {fault}; rows {_few(names)}")
-        if self.skipped >= self._job.config.max_nonfinite:
-            raise NonFiniteError(
-                f"{self.skipped} steps in a row had no finite loss and gradient; the parameters are those before them."
-                f" Look at these rows, or lower the learning rate: {'; '.join(self._history)} (all in {self._skips})"
-            )
-
-    def evaluated(self, step: int, values: dict[str, float]) -> None:
-        """Writes the metrics of an evaluation."""
-        self._log.write(step, values)
-        shown = {name: value for name, value in values.items() if name.removeprefix("eval/") in SHOWN}
-        self._display.say(f"step {step}  " + "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
-        self.last |= values
-        self._clock = time.perf_counter()
-
-
-def _few(names: tuple[str, ...], count: int = 8) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
-
-
-class _Signals:
-    """Remembers the first SIGTERM or SIGINT, so that the step under way can end; a second one acts at once.
-
-    Attributes:
-      caught: name of the signal, or "".
-    """
-
-    def __init__(self) -> None:
-        self.caught, self._old = "", {}
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            self._old = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _handle(self, number: int, frame: FrameType | None) -> Any:
-        self.caught = signal.Signals(number).name
-        for one, old in self._old.items():
-            signal.signal(one, old)
-
-    def __exit__(self, *_: Any) -> None:
-        for one, old in self._old.items():
-            signal.signal(one, old)
+    blind = blind_rows(seed, done, config.batch_size, config.p_block)
+    return dataclasses.replace(batch, blind=blind if share is None else blind[list(share)])

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxmem.distributed.mesh import constrain, ways
+
 
 class TokenLoss(NamedTuple):
     """Sums over the supervised tokens of a batch; add them over batches, divide once.
@@ -58,9 +60,9 @@ def cross_entropy(
             f"hidden {hidden.shape}, unembedding {unembedding.shape}, tokens {tokens.shape} and weights {weights.shape}"
             " should be [B, T, D], [V, D], [B, T] and [B, T]"
         )
-    size = max(1, min(chunk // rows, length))
+    unembedding, parts = constrain(unembedding, "head"), ways("sequence", "tensor")
     targets, weights = _next(tokens), _next(weights).astype(jnp.float32)
-    chunks = jax.tree.map(lambda leaf: _chunks(leaf, size), (hidden, targets, weights))
+    chunks = jax.tree.map(lambda leaf: _chunks(leaf, chunk // rows, parts), (hidden, targets, weights))
 
     def body(total: TokenLoss, piece):
         here = jax.lax.cond(jnp.any(piece[2] > 0), lambda: _chunk_loss(unembedding, *piece), _nothing)
@@ -100,11 +102,11 @@ def token_logprobs(
             f"hidden {hidden.shape}, unembedding {unembedding.shape}, tokens {tokens.shape} and mask {mask.shape}"
             " should be [B, N, D], [V, D], [B, N] and [B, N]"
         )
-    size = max(1, min(chunk // rows, length))
-    pieces = jax.tree.map(lambda leaf: _chunks(leaf, size), (hidden, tokens, mask > 0))
+    unembedding, parts = constrain(unembedding, "head"), ways("tensor")
+    pieces = jax.tree.map(lambda leaf: _chunks(leaf, chunk // rows, parts), (hidden, tokens, mask > 0))
 
     def score(hidden: jax.Array, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = jnp.einsum("bcd,vd->bcv", hidden, unembedding, preferred_element_type=jnp.float32) / temperature
+        logits = _logits(hidden, unembedding) / temperature
         total = jax.nn.logsumexp(logits, axis=-1)
         here = jnp.arange(logits.shape[-1]) == tokens[..., None]
         logprobs = jnp.sum(jnp.where(here, logits, 0.0), axis=-1) - total
@@ -117,8 +119,7 @@ def token_logprobs(
         return None, jax.lax.cond(jnp.any(piece[2]), lambda: score(*piece), lambda: (nothing, nothing))
 
     _, found = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), None, pieces)
-    together = lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(rows, -1)[:, :length]  # noqa: E731
-    return together(found[0]), together(found[1])
+    return _joined(found[0], parts)[:, :length], _joined(found[1], parts)[:, :length]
 
 
 def _next(leaf: jax.Array) -> jax.Array:
@@ -126,11 +127,31 @@ def _next(leaf: jax.Array) -> jax.Array:
     return jnp.pad(leaf[:, 1:], ((0, 0), (0, 1)))
 
 
-def _chunks(leaf: jax.Array, size: int) -> jax.Array:
-    """[B, T, ...] -> [chunks, B, size, ...], zero-padded at the end; rows stay whole, so they may be sharded."""
+def _chunks(leaf: jax.Array, size: int, parts: int) -> jax.Array:
+    """[B, T, ...] -> [chunks, B, C, ...], zero-padded at the end.
+
+    Rows stay whole, so they may be sharded. So may T, over `parts` devices: a chunk has equally many of the tokens of
+    each. C is `size` or the next size that allows it.
+    """
     rows, length = leaf.shape[:2]
-    leaf = jnp.pad(leaf, ((0, 0), (0, -length % size), *((0, 0),) * (leaf.ndim - 2)))
-    return jnp.moveaxis(leaf.reshape(rows, -1, size, *leaf.shape[2:]), 1, 0)
+    each = -(-length // parts)
+    size = max(1, min(size // parts, each))
+    each += -each % size
+    leaf = jnp.pad(leaf, ((0, 0), (0, parts * each - length), *((0, 0),) * (leaf.ndim - 2)))
+    leaf = jnp.moveaxis(leaf.reshape(rows, parts, -1, size, *leaf.shape[2:]), 2, 0)
+    return leaf.reshape(*leaf.shape[:2], parts * size, *leaf.shape[4:])
+
+
+def _joined(chunks: jax.Array, parts: int) -> jax.Array:
+    """[chunks, B, C] -> [B, T], padding included."""
+    count, rows, size = chunks.shape
+    return jnp.moveaxis(chunks.reshape(count, rows, parts, size // parts), 0, 2).reshape(rows, -1)
+
+
+def _logits(hidden: jax.Array, unembedding: jax.Array) -> jax.Array:
+    """[B, C, D], [V, D] -> float32 [B, C, V]."""
+    hidden = constrain(hidden, "chunk")
+    return constrain(jnp.einsum("bcd,vd->bcv", hidden, unembedding, preferred_element_type=jnp.float32), "logits")
 
 
 def _nothing() -> TokenLoss:
@@ -139,7 +160,7 @@ def _nothing() -> TokenLoss:
 
 def _chunk_loss(unembedding: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> TokenLoss:
     """The sums of one chunk: hidden [B, C, D], targets and weights [B, C]."""
-    logits = jnp.einsum("bcd,vd->bcv", hidden, unembedding, preferred_element_type=jnp.float32)
+    logits = _logits(hidden, unembedding)
     here = jnp.arange(logits.shape[-1]) == targets[..., None]
     nll = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(here, logits, 0.0), axis=-1)
     supervised = weights > 0

@@ -12,6 +12,8 @@ from typing import Any
 
 LINES = "metrics.jsonl"
 BOARD = "tensorboard"
+SKIPPED, SAMPLES, EVENTS = "skipped.jsonl", "samples.jsonl", "events.jsonl"
+"""Further files with one JSON object per line, each with its "step"."""
 SHOWN = ("reward", "reward_std", "completions/mean_length", "loss", "accuracy")
 """Metrics that a line of progress has room for, where a run has them."""
 
@@ -21,23 +23,28 @@ class MetricLog:
 
     Args:
       folder: the run's output directory.
-      after: step that the run goes on from; what an earlier start wrote about later steps is removed, because those
-        steps are done again.
+      after: step that the run goes on from (-1 for a run from the beginning); what an earlier start wrote about later
+        steps is removed, because those steps are done again.
       tensorboard: write event files too.
+      quiet: write nothing, on the hosts that are not the first.
     """
 
-    def __init__(self, folder: str | Path, after: int = 0, *, tensorboard: bool = True) -> None:
-        self._path = Path(folder) / LINES
-        truncate(self._path, after)
-        self._file = open(self._path, "a", encoding="utf-8")
-        self._board = None
+    def __init__(self, folder: str | Path, after: int = -1, *, tensorboard: bool = True, quiet: bool = False) -> None:
+        self._file = self._board = None
+        if quiet:
+            return
+        path = Path(folder) / LINES
+        truncate(path, after)
+        self._file = open(path, "a", encoding="utf-8")
         if tensorboard:
             import tensorboardX
 
-            self._board = tensorboardX.SummaryWriter(str(Path(folder) / BOARD), purge_step=after + 1)
+            self._board = tensorboardX.SummaryWriter(str(Path(folder) / BOARD), purge_step=max(after, 0) + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the scalars of a step; a value that is not finite is null in the file (JSON has no NaN)."""
+        if self._file is None:
+            return
         line = {"step": step, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -45,9 +52,15 @@ class MetricLog:
             for name, value in values.items():
                 self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
 
+    def sync(self) -> None:
+        """Returns when all lines are on the disk itself, so that they outlive the machine."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Flushes both."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

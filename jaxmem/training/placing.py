@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmem.backbones.batch import Batch
 from jaxmem.data.batching import widen
 from jaxmem.distributed import hosts
-from jaxmem.distributed.mesh import ROWS
+from jaxmem.distributed.mesh import ROWS, batch_shardings
 
 
 def share_of(mesh: Mesh | None, rows: int, parts: int = 1) -> tuple[int, ...] | None:
@@ -45,7 +45,7 @@ def level(batch: Batch, what: str) -> Batch:
 
 
 def place(batch: Any, parts: int, mesh: Mesh | None, rows: int | None = None) -> Any:
-    """[G, ...] on the host -> [A, B, ...] on the devices, rows over the mesh's data axes.
+    """[G, ...] on the host -> [A, B, ...] on the devices (`mesh.batch_shardings`).
 
     Args:
       batch: leaves [G, ...], or this host's share of them.
@@ -54,27 +54,25 @@ def place(batch: Any, parts: int, mesh: Mesh | None, rows: int | None = None) ->
       rows: G, where the batch is a share (`share_of`).
     """
     stacked = jax.tree.map(lambda leaf: np.asarray(leaf).reshape(parts, -1, *np.shape(leaf)[1:]), batch)
-    if mesh is None:
-        return put(stacked, None)
-    sharding = NamedSharding(mesh, P(None, ROWS))
-    if rows is None or hosts.count() == 1:
-        return put(stacked, sharding)
+    if mesh is None or rows is None or hosts.count() == 1:
+        return put(stacked, mesh, leading=1)
     position = {row: at for at, row in enumerate(_held(mesh, rows // parts))}
 
-    def one(leaf: np.ndarray) -> jax.Array:
-        shape = (parts, rows // parts, *leaf.shape[2:])
-
+    def one(leaf: np.ndarray, whole: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
         def piece(index: Any) -> np.ndarray:
-            mine = [position[row] for row in range(*index[1].indices(shape[1]))]
+            mine = [position[row] for row in range(*index[1].indices(whole.shape[1]))]
             return leaf[:, mine][(index[0], slice(None), *index[2:])]
 
-        return jax.make_array_from_callback(shape, sharding, piece)
+        return jax.make_array_from_callback(whole.shape, sharding, piece)
 
-    return jax.tree.map(one, stacked)
+    of_all = lambda leaf: jax.ShapeDtypeStruct((parts, rows // parts, *leaf.shape[2:]), leaf.dtype)  # noqa: E731
+    whole = jax.tree.map(of_all, stacked)
+    return jax.tree.map(one, stacked, whole, batch_shardings(mesh, whole, leading=1))
 
 
-def put(batch: Any, sharding: NamedSharding | None) -> Any:
-    """Host arrays to the devices; every host holds the whole batch and keeps its own part."""
-    if sharding is None:
+def put(batch: Any, mesh: Mesh | None, leading: int = 0) -> Any:
+    """Host arrays [..., B, ...] to the devices; every host holds the whole batch and keeps its own part."""
+    if mesh is None:
         return jax.tree.map(jnp.asarray, batch)
-    return jax.tree.map(lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__), batch)
+    make = lambda leaf, place: jax.make_array_from_callback(leaf.shape, place, leaf.__getitem__)  # noqa: E731
+    return jax.tree.map(make, batch, batch_shardings(mesh, batch, leading))

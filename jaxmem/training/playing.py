@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh
 
 from jaxmem.backbones.batch import Batch
 from jaxmem.data.batching import Buckets
@@ -88,7 +88,7 @@ class Player:
       buckets: lengths that prompts may have.
       rewards: the judges, started; None on hosts other than the first, which judges for all.
       rows: prompts of every batch; fewer are filled up.
-      sharding: of the prompts; None is the default device.
+      mesh: that the prompts are spread over; None is the default device.
       at_once: prompts that are sampled together; 0 takes all of a batch.
     """
 
@@ -97,7 +97,7 @@ class Player:
     buckets: Buckets
     rewards: RewardRunner | None
     rows: int
-    sharding: NamedSharding | None = None
+    mesh: Mesh | None = None
     at_once: int = 0
 
     def __call__(
@@ -147,7 +147,7 @@ class Player:
         found = []
         for start in range(0, self.rows, size):
             part = jax.tree.map(lambda leaf, at=start: np.asarray(leaf)[at : at + size], batch)
-            some, memory = put(part, self.sharding), tree.get("memory", {})
+            some, memory = put(part, self.mesh), tree.get("memory", {})
             found.append(rollout(self.spec, tree["base"], memory, some, settings, keys[start : start + size], group))
         return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from jaxmem.checkpoints.native import CheckpointStore
 from jaxmem.checkpoints.weights import INDEX as WEIGHT_INDEX
 from jaxmem.data import records
 from jaxmem.data.pipeline import Pipeline, Rejections, Rows
-from jaxmem.distributed import hosts
+from jaxmem.distributed import flags, hosts
 from jaxmem.distributed.mesh import make_mesh
 from jaxmem.errors import ConfigError
 from jaxmem.training import descent, grpo_job, loop, record, seeds, sft, trees
@@ -33,6 +34,7 @@ from jaxmem.training.encoding import encoders, open_source
 from jaxmem.training.loop import Job
 from jaxmem.training.placing import level, place, share_of
 from jaxmem.training.settings import DataConfig, MeshConfig, TrainConfig
+from jaxmem.training.signals import Signals
 from jaxmem.training.trees import Tree
 
 CHECKPOINTS, MEMORY, ADAPTER, BACKBONE = "checkpoints", "memory", "adapter", "backbone"
@@ -86,7 +88,8 @@ def _report_seeds(config: TrainConfig) -> None:
 
 
 def start(config: TrainConfig) -> None:
-    """What must happen before the first use of a device: the compile cache, and joining the other hosts."""
+    """What must happen before the first use of a device: compiler flags, the compile cache, and joining the hosts."""
+    flags.apply(config.xla_flags, config.xla_extra_flags)
     if config.compile_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compile_cache).absolute()))
     hosts.start(config.hosts)
@@ -111,15 +114,16 @@ def train(config: TrainConfig | Mapping[str, Any]) -> Result:
         config = configs.build(TrainConfig, config, "config")
     if config.seeds:
         raise ConfigError("train makes one run; for config.seeds use jaxmem.training.seeds.each, or `jaxmem train`")
+    began = time.monotonic()
     start(config)
-    with hosts.together():
+    with hosts.together(), Signals(wait=False):
         hosts.agree("configuration", record.flat(config))
         hosts.agree("code", record.versions() | {"source": record.source_fingerprint()})
-        return _train(config.resolved(jax.device_count()))
+        return _train(config.resolved(jax.device_count()), began)
 
 
-def _train(config: TrainConfig) -> Result:
-    """`train` on this host, of a resolved configuration."""
+def _train(config: TrainConfig, began: float) -> Result:
+    """`train` on this host, of a resolved configuration; `began` is when it was asked for (time.monotonic)."""
     experiment = open_experiment(config.experiment)
     source = open_source(config.data, config.loop.batch_size)
     held_out = None if config.evaluation is None else open_source(config.evaluation, config.loop.batch_size)
@@ -136,9 +140,11 @@ def _train(config: TrainConfig) -> Result:
             record.require_shared(folder)
             if experiment is not None:
                 _alone("the experiment before training", model, lambda local: experiment.before(local, folder))
-            every, keep = config.loop.checkpoint_every, config.loop.keep
-            with CheckpointStore(folder / CHECKPOINTS, identity, keep=keep, every=every) as store:
-                state, metrics = loop.run(job, state, store, folder)
+            about = config.loop
+            with CheckpointStore(
+                folder / CHECKPOINTS, identity, keep=about.keep, keep_best=about.keep_best, every=about.checkpoint_every
+            ) as store:
+                state, metrics = loop.run(dataclasses.replace(job, began=began), state, store, folder)
         model = _trained(model, trees.merge(state.trainable, job.frozen))
         _save(model, folder, state.trainable)
     if config.grpo is not None:
@@ -156,10 +162,14 @@ def on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
 
 def _alone(what: str, model: api.Model, measure: Callable[[api.Model], Any]) -> None:
     """Measures on the first host, with weights that lie there, while the others wait."""
-    if hosts.count() > 1:
-        base, memory = jax.tree.map(jnp.asarray, hosts.fetch((model.base, model.memory)))
-        model = dataclasses.replace(model, base=base, memory=memory)
-    hosts.once(what, lambda: measure(model) and None)
+    if hosts.count() == 1:
+        measure(model)
+        return
+    whole = hosts.fetch((model.base, model.memory))
+    with on(make_mesh(devices=jax.local_devices()[:1])):
+        base, memory = jax.tree.map(jnp.asarray, whole)
+        local = dataclasses.replace(model, base=base, memory=memory)
+        hosts.once(what, lambda: measure(local) and None)
 
 
 def _report(kind: str, *arguments: Any) -> None:

@@ -9,8 +9,10 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from jaxmem.backbones.decoder import REMAT
+from jaxmem.config import choose
 from jaxmem.data.batching import Buckets
 from jaxmem.data.boards import BoardDataset
+from jaxmem.distributed.flags import PRESETS
 from jaxmem.distributed.hosts import HostsConfig
 from jaxmem.distributed.mesh import complete
 from jaxmem.errors import ConfigError
@@ -95,6 +97,8 @@ class TrainConfig:
       donate: a step writes the new state into the memory of the old one.
       compile_cache: folder of compiled programs, for later starts and other hosts; trust it like code. None leaves it
         to JAX_COMPILATION_CACHE_DIR.
+      xla_flags: preset of compiler flags, of `jaxmem.distributed.flags.PRESETS`; what the environment says wins.
+      xla_extra_flags: further flags, "--xla_name=value".
       loss_chunk: positions whose logits exist at once.
       min_pixels, max_pixels: replace the folder's limits per image.
       experiment: {"name": "digit_boards", ...}, measurements before and after the training; None makes none.
@@ -119,6 +123,8 @@ class TrainConfig:
     remat: bool | str = True
     donate: bool = True
     compile_cache: str | None = None
+    xla_flags: str = "default"
+    xla_extra_flags: tuple[str, ...] = ()
     loss_chunk: int = 2048
     min_pixels: int | None = None
     max_pixels: int | None = None
@@ -131,6 +137,7 @@ class TrainConfig:
             raise ConfigError('experiment has no key "name"; write for example {"name": "digit_boards"}')
         if len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"seeds {self.seeds} names one twice; every seed is a run of its own")
+        choose(PRESETS, self.xla_flags, "preset xla_flags")
         if self.remat not in REMAT:
             raise ConfigError(f"remat {self.remat!r} is none of {', '.join(map(repr, REMAT))}")
         if self.loop.accumulate and -1 not in dataclasses.astuple(self.mesh):

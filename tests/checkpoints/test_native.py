@@ -1,6 +1,7 @@
 """Training checkpoints: bit for bit, safe against SIGKILL, and only for the run that wrote them."""
 
 import dataclasses
+import json
 import os
 import random
 import signal
@@ -15,6 +16,8 @@ import numpy as np
 import optax
 import pytest
 
+from jaxmem.checkpoints.best import Score, score_of
+from jaxmem.checkpoints.checksum import checksum, checksum_on_host
 from jaxmem.checkpoints.identity import run_identity
 from jaxmem.checkpoints.native import CheckpointStore
 from jaxmem.errors import CheckpointError
@@ -109,7 +112,8 @@ def test_keeps_the_newest_and_saves_when_due(tmp_path):
         assert store.save(10, {"w": jnp.full(3, 10)}, force=True)
         assert not store.save(10, {"w": jnp.full(3, 10)}, force=True)  # already there
         store.wait()
-        assert sorted(int(path.name) for path in tmp_path.iterdir()) == [9, 10]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "9", "last.json"]
+        assert json.loads((tmp_path / "last.json").read_text()) == {"step": 10}
         assert store.restore({"w": jnp.zeros(3, int)}, 9).state["w"].tolist() == [9, 9, 9]
         with pytest.raises(CheckpointError, match=r"step 6: no such checkpoint; there are \[9, 10\]"):
             store.restore({"w": jnp.zeros(3)}, 6)
@@ -154,6 +158,100 @@ def test_damaged_step_is_named(tmp_path):
             path.write_bytes(b"")
     with CheckpointStore(tmp_path, RUN) as store, pytest.raises(CheckpointError, match="step 1: cannot be read"):
         store.restore({"a": jnp.zeros(1000)})
+
+
+def test_a_changed_bit_is_noticed(tmp_path):
+    """A file of numbers can be read whatever its bits are; only the checksum knows."""
+    state = {"a": jax.random.normal(jax.random.key(0), (100, 30)), "b": jnp.arange(5)}
+    with CheckpointStore(tmp_path, RUN) as store:
+        store.save(1, state)
+    numbers = max((path for path in (tmp_path / "1" / "state").rglob("*") if path.is_file()), key=os.path.getsize)
+    content = bytearray(numbers.read_bytes())
+    content[len(content) // 2] ^= 4
+    numbers.write_bytes(content)
+    with CheckpointStore(tmp_path, RUN) as store:
+        with pytest.raises(CheckpointError, match=r"step 1: not the bits that were saved: a; .*doctor --checkpoint"):
+            store.restore(state)
+
+
+def test_checksum_is_the_sum_that_is_documented():
+    spread = jax.NamedSharding(jax.make_mesh((4, 2), ("x", "y")), jax.P("y", "x"))
+    for dtype in ("float32", "bfloat16", "int32", "uint8", "bool"):
+        array = (
+            jax.random.normal(jax.random.key(1), (8, 12)) * 3 > 0
+            if dtype == "bool"
+            else (100 * jax.random.uniform(jax.random.key(1), (8, 12))).astype(dtype)
+        )
+        words = np.asarray(array).view({1: "u1", 2: "u2", 4: "u4"}[array.dtype.itemsize]).reshape(-1).tolist()
+        wanted = sum(word * (2 * place + 1) for place, word in enumerate(words)) % 2**32
+        assert int(checksum(array)) == int(checksum(jax.device_put(array, spread))) == wanted
+        assert checksum_on_host(np.asarray(array), block=7) == wanted
+    assert int(checksum(jnp.float32(1.5))) == checksum_on_host(np.float32([1.5])) == 0x3FC00000
+    wide = np.arange(10.0) + 0.1
+    assert checksum_on_host(wide) == checksum_on_host(wide.view(np.uint32))
+
+
+@pytest.mark.parametrize("mesh", [(2, 2), (1, 1), (8, 1)])
+def test_resumes_on_another_mesh_with_the_same_bits(tmp_path, mesh):
+    def on(devices, rule):
+        shape = jax.make_mesh(devices, ("fsdp", "tensor"), devices=jax.devices()[: devices[0] * devices[1]])
+        return {
+            "w": jax.device_put(state["w"], jax.NamedSharding(shape, rule)),
+            "key": jax.device_put(state["key"], jax.NamedSharding(shape, jax.P())),
+        }
+
+    state = {"w": jax.random.normal(jax.random.key(3), (16, 8)), "key": jax.random.key(5)}
+    with CheckpointStore(tmp_path, RUN) as store:
+        store.save(1, on((4, 1), jax.P("fsdp")))
+    like = on(mesh, jax.P("fsdp", "tensor"))
+    with CheckpointStore(tmp_path, RUN) as store:
+        restored = store.restore(like).state
+        assert restored["w"].sharding == like["w"].sharding
+        assert_same_bits(restored, state)
+        single = store.restore(state).state
+        assert len(single["w"].sharding.device_set) == 1
+        assert_same_bits(single, state)
+
+
+def test_the_best_stay_and_are_named(tmp_path):
+    values = {1: 0.3, 2: 0.9, 3: 0.5, 4: 0.9, 5: 0.1, 6: None, 7: 0.2}
+    like = {"w": jnp.zeros(3)}
+    with CheckpointStore(tmp_path, RUN, keep=2, keep_best=2) as store:
+        with pytest.raises(CheckpointError, match="no checkpoint has a score; there are"):
+            store.restore(like, "best")
+        for step, value in values.items():
+            score = score_of("", step, {"eval/accuracy": value, "eval/loss": 1.0}) if value else None
+            store.save(step, {"w": jnp.full(3, float(step))}, score=score)
+    with CheckpointStore(tmp_path, RUN, keep=2, keep_best=2) as store:
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4", "6", "7", "best.json", "last.json"]
+        assert store.best() == Score(2, "eval/accuracy", 0.9)  # of equal ones the first
+        assert store.restore(like, "best").state["w"].tolist() == [2, 2, 2] and store.restore(like).step == 7
+        store.save(8, like, score=score_of("eval/loss", 8, {"eval/loss": 5.0}))
+        assert store.best() == Score(8, "eval/loss", 5.0)  # judged by something else from now on
+    assert json.loads((tmp_path / "best.json").read_text()) == {"step": 8, "metric": "eval/loss", "value": 5.0}
+    (tmp_path / "best.json").write_text("{")
+    CheckpointStore(tmp_path, RUN).close()
+    assert json.loads((tmp_path / "best.json").read_text())["step"] == 8
+
+
+def test_scores():
+    assert score_of("", 1, {"eval/tokens": 3.0}) is None and score_of("", 1, {"eval/loss": float("nan")}) is None
+    assert Score(2, "eval/loss", 1.0).beats(Score(1, "eval/loss", 2.0)) and Score(1, "a", 0.0).beats(None)
+    assert not Score(2, "eval/reward", 1.0).beats(Score(1, "eval/reward", 1.0))
+
+
+def test_what_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file is a file; checkpoints need a directory"):
+        CheckpointStore(tmp_path / "file", RUN)
+
+    def full(*arguments, **settings):
+        raise OSError(28, "No space left on device")
+
+    with CheckpointStore(tmp_path / "run", RUN) as store:
+        monkeypatch.setattr(store._manager, "save", full)
+        with pytest.raises(CheckpointError, match="No space left on device.*is the disk full"):
+            store.save(1, {"w": jnp.zeros(3)})
 
 
 CHILD = """

@@ -14,7 +14,7 @@ def placed(world, batch, sizes):
     mesh = meshes.make_mesh(**sizes)
     base = jax.device_put(world.base, meshes.shardings(mesh, world.base))
     memory = jax.device_put(world.memory, meshes.shardings(mesh, world.memory))
-    batch = jax.device_put(batch, meshes.batch_sharding(mesh))
+    batch = jax.device_put(batch, meshes.batch_shardings(mesh, batch))
     assert len(batch.tokens.sharding.device_set) == mesh.size
     piece = lambda leaf: leaf.addressable_shards[0].data.shape  # noqa: E731
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]

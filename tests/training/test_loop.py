@@ -1,5 +1,6 @@
 """The run around the step, on a model that is one embedding table: resuming, faults, metrics, evaluation."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from jaxmem.checkpoints.native import CheckpointStore
 from jaxmem.data.pipeline import Pipeline
 from jaxmem.distributed.mesh import make_mesh
 from jaxmem.errors import CheckpointError, ConfigError
-from jaxmem.training import descent, loop, metrics, sft, trees
+from jaxmem.training import descent, goodput, loop, metrics, sft, trees
 from jaxmem.training.loop import Job, LoopConfig
 from jaxmem.training.optimizer import OptimizerConfig
 from tests.training.tiny_run import VOCAB, assemble, encode
@@ -47,6 +48,7 @@ def encode_spoilt(record):
 
 def job(records=RECORDS, steps=STEPS, step=STEP, mesh=None, **settings):
     settings = {"batch_size": 4, "accumulate": 2, "p_block": 0.5, "checkpoint_every": 3, "progress": False} | settings
+    settings = {"checkpoint_seconds": 0} | settings
     data = Pipeline(records, encode_spoilt, assemble, 4, shuffle="shuffle" not in settings or settings.pop("shuffle"))
 
     def evaluate(state):
@@ -105,7 +107,7 @@ def test_a_run_that_dies_goes_on_bit_for_bit(undisturbed, tmp_path, after):
 
 
 def _untimed(line):
-    return {name: value for name, value in line.items() if "second" not in name}
+    return {name: value for name, value in line.items() if "second" not in name and not name.startswith("goodput/")}
 
 
 def test_metrics_are_lines_one_per_step_and_evaluations_and_event_files(undisturbed):
@@ -124,7 +126,9 @@ def test_metrics_are_lines_one_per_step_and_evaluations_and_event_files(undistur
         "wait_seconds",
         "tokens_per_second",
     }
-    assert wanted | {"step"} == set(lines[0])
+    kinds = {f"goodput/{kind}" for kind in (*goodput.KINDS, "seconds")}
+    assert wanted | kinds | {"step"} == set(lines[0])
+    assert all(abs(sum(line[f"goodput/{kind}"] for kind in goodput.KINDS) - 1) < 1e-9 for line in lines if "lr" in line)
     assert lines[-2]["loss"] == last["loss"] < lines[0]["loss"] and last["step"] == STEPS
     assert list((folder / metrics.BOARD).glob("events.*"))
     with CheckpointStore(folder / "checkpoints", {"run": "this run"}) as store:
@@ -194,3 +198,64 @@ def test_settings_that_make_no_sense():
         LoopConfig(p_block=1.5)
     with pytest.raises(ConfigError, match="keep must be at least 1"):
         LoopConfig(keep=0)
+    with pytest.raises(ConfigError, match="checkpoint_seconds must not be negative, got -1"):
+        LoopConfig(checkpoint_seconds=-1)
+
+
+def test_the_clock_makes_checkpoints_and_changes_nothing(undisturbed, tmp_path):
+    with pytest.raises(Killed):
+        start(tmp_path, job(step=dying(7), checkpoint_every=100, checkpoint_seconds=1e-6, keep=20))
+    whole = [int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+    assert sorted(whole) == list(range(1, 8))[-3:]  # one after every step; the store keeps three
+    state, _ = start(tmp_path, job(resume="must", checkpoint_every=100, checkpoint_seconds=1e-6))
+    same(undisturbed[1], state)
+
+
+def test_the_best_evaluation_keeps_its_checkpoint(tmp_path):
+    def worse_and_worse(state):
+        return {"eval/loss": abs(int(state.step) - 4) + 0.5, "eval/tokens": 1.0}
+
+    work = dataclasses.replace(job(eval_every=2, checkpoint_every=100), evaluate=worse_and_worse)
+    with pytest.raises(Killed):
+        start(tmp_path, dataclasses.replace(work, step=job(step=dying(9), eval_every=2).step))
+    where = tmp_path / "checkpoints"
+    assert sorted(path.name for path in where.iterdir()) == ["2", "4", "best.json", "last.json"]
+    start(tmp_path, work)  # the best so far is known after a restart: nothing beats step 4
+    assert sorted(path.name for path in where.iterdir()) == ["12", "2", "4", "best.json", "last.json"]
+    assert json.loads((where / "best.json").read_text()) == {"step": 4, "metric": "eval/loss", "value": 0.5}
+    with CheckpointStore(where, {"run": "this run"}) as store:
+        assert store.restore(descent.init_state(CONFIG, TRAINABLE, 1), "best").step == 4
+    with pytest.raises(ConfigError, match=r"best_metric 'eval/reward' is not among .*\['eval/loss', 'eval/tokens'\]"):
+        start(tmp_path / "named", dataclasses.replace(work, config=LoopConfig(batch_size=4, best_metric="eval/reward")))
+
+
+def test_the_evaluation_in_front_is_written_once_however_often_the_run_begins(tmp_path):
+    for _ in range(2):
+        with pytest.raises(Killed):
+            start(tmp_path, dataclasses.replace(job(step=dying(2)), evaluate_first=True))
+    assert [line["step"] for line in metrics.read(tmp_path)] == [0, 1]
+
+
+def test_other_data_than_before_are_refused(undisturbed, tmp_path):
+    def refused(*arguments, **settings):
+        with pytest.raises(CheckpointError) as caught:
+            start(undisturbed[0], job(*arguments, **settings))
+        return str(caught.value)
+
+    assert "position.records: stored 20, this run has 19" in refused(RECORDS[:-1])
+    assert "position.shuffle: stored True, this run has False" in refused(shuffle=False)
+
+
+def test_the_time_of_steps_that_are_done_again_is_lost(tmp_path):
+    with pytest.raises(Killed):
+        start(tmp_path, job(step=dying(5)))
+    before = metrics.read(tmp_path)[-1]
+    for _ in range(2):  # the second time nothing new was learnt before the end
+        with pytest.raises(Killed):
+            start(tmp_path, job(step=dying(0)))
+    _, last = start(tmp_path, job())
+    seconds = json.loads((tmp_path / goodput.FILE).read_text())
+    spent = {kind: before[f"goodput/{kind}"] * before["goodput/seconds"] for kind in goodput.KINDS}
+    assert 0 < seconds["lost"] < spent["step"] + spent["checkpoint"] + spent["input_wait"]
+    assert sum(seconds.values()) >= last["goodput/seconds"] > before["goodput/seconds"]
+    assert seconds["startup"] > spent["startup"] and last["goodput/lost"] > 0

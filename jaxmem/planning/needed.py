@@ -1,0 +1,112 @@
+"""Floating-point operations that a step needs: the numerator of model FLOP utilisation.
+
+Convention: a multiplication and an addition are two operations. A forward pass takes 2 for each weight and token; a
+backward pass 2 more for the gradient of each activation that something below it needs, and 2 more for each weight that
+trains. Causal attention counts half of the square. Recomputation (remat) is not needed, so it does not count, and
+neither does padding's absence: every row is as long as its bucket.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jaxmem.backbones import registry
+from jaxmem.model import Spec
+from jaxmem.training import trees
+
+
+@dataclasses.dataclass(frozen=True)
+class Needed:
+    """Operations per row.
+
+    Attributes:
+      spec: what is computed.
+      trainable: what trains (shapes).
+      tokens: T of a prompt or row.
+      patches: P of a row.
+    """
+
+    spec: Spec
+    trainable: Any
+    tokens: int
+    patches: int
+
+    @property
+    def _layer(self) -> float:
+        """Weights of one decoder layer's matrices."""
+        t = self.spec.backbone.text
+        return t.width * t.head_dim * (2 * t.heads + 2 * t.kv_heads) + 3 * t.width * t.mlp_width
+
+    @property
+    def _head(self) -> float:
+        return self.spec.backbone.text.vocab * self.spec.backbone.text.width
+
+    def _attention(self, pairs: float) -> float:
+        """Scores and weighted sums of one layer for (query, key) pairs."""
+        t = self.spec.backbone.text
+        return 4.0 * t.heads * t.head_dim * pairs
+
+    @property
+    def _share_above(self) -> float:
+        """Share of the layers through which a gradient flows back."""
+        if "base" in self.trainable:
+            return 1.0
+        return 1.0 - self.spec.first_port_layer / self.spec.backbone.text.layers
+
+    def _tower(self) -> float:
+        """The vision tower and its mergers, forwards; images are taken to fill all patches of a row in one frame."""
+        vision = self.spec.backbone.vision
+        shapes = registry.backbone(self.spec.backbone.model_type).shapes(self.spec.backbone)["visual"]
+        blocks = trees.count(shapes["blocks"]) + trees.count(shapes["patch_embed"])
+        mergers = trees.count(shapes["merger"]) + trees.count(shapes["deepstack"])
+        attention = 4.0 * vision.depth * vision.width * self.patches**2
+        return 2.0 * (self.patches * blocks + self.patches / vision.merge_unit * mergers) + attention
+
+    def _memory(self, tokens: float) -> float:
+        """Branches of the memories for some tokens, which ask all visual rows."""
+        rows, total = self.patches / self.spec.backbone.vision.merge_unit, 0.0
+        for config in self.spec.memories:
+            per_layer = 2 * config.width * config.latent + 2 * config.latent**2 + 3 * config.latent * config.mlp_width
+            total += len(config.layers) * (2.0 * tokens * per_layer + 4.0 * tokens * rows * config.latent)
+        return total
+
+    def _decoder(self, tokens: float, pairs: float) -> float:
+        """All layers without the head."""
+        return self.spec.backbone.text.layers * (2.0 * tokens * self._layer + self._attention(pairs))
+
+    def _backward(self, forward: float, tokens: float, head: float) -> float:
+        """What a backward pass adds to a decoder's and a head's forward operations."""
+        trained = self.trainable.get("base", {})
+        size = trees.count({name: leaf for name, leaf in trained.items() if name != "embed"})
+        return forward * self._share_above + head + 2.0 * tokens * size
+
+    def read_row(self) -> float:
+        """A prompt, forwards, with the logits of its last token."""
+        return self._tower() + self._decoder(self.tokens, self.tokens**2 / 2) + self._memory(self.tokens)
+
+    def learn_row(self) -> float:
+        """A supervised row whose tokens all count, forwards and backwards."""
+        body = self._decoder(self.tokens, self.tokens**2 / 2)
+        head, memory = 2.0 * self.tokens * self._head, self._memory(self.tokens)
+        return self._tower() + body + head + 3 * memory + self._backward(body, self.tokens, head)
+
+    def _group(self, group: int, new: int) -> tuple[float, float]:
+        """(decoder, head) operations of a group's completions behind their prompt, forwards."""
+        pairs = group * new * (self.tokens + new / 2)
+        return self._decoder(group * new, pairs), 2.0 * group * new * self._head
+
+    def write_group(self, group: int, new: int) -> float:
+        """Sampling a group's completions, one token after the other, behind a prompt that was read."""
+        return sum(self._group(group, new)) + self._memory(group * new)
+
+    def score_group(self, group: int, new: int) -> float:
+        """Log-probabilities of a group's completions with their prompt, forwards."""
+        return self.read_row() + self.write_group(group, new)
+
+    def learn_group(self, group: int, new: int) -> float:
+        """The same, forwards and backwards."""
+        body, head = self._group(group, new)
+        body += self._decoder(self.tokens, self.tokens**2 / 2)
+        tokens = self.tokens + group * new
+        return self._tower() + body + head + 3 * self._memory(tokens) + self._backward(body, tokens, head)

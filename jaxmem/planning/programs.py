@@ -1,0 +1,347 @@
+"""The programs of a training run without weights, data or devices: what `jaxmem plan` compiles.
+
+They are the very functions that training calls, lowered with shapes for arguments on the mesh of a topology.
+Axis letters: A microbatches, B rows, G completions of a prompt, T tokens, P patches, N new tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxmem import api
+from jaxmem.adapters import lora
+from jaxmem.backbones import registry
+from jaxmem.backbones.batch import Batch
+from jaxmem.backbones.config import BackboneConfig
+from jaxmem.backbones.published import PUBLISHED
+from jaxmem.checkpoints import huggingface
+from jaxmem.config import build, suggestion
+from jaxmem.distributed.mesh import activation_sharding, batch_shardings, shardings
+from jaxmem.errors import ConfigError
+from jaxmem.memory.registry import memory as memory_module
+from jaxmem.model import Spec, init_memory
+from jaxmem.planning import needed
+from jaxmem.sampling import generate
+from jaxmem.sampling.logits import SamplerConfig
+from jaxmem.training import descent, grpo, grpo_run, sft, trees
+from jaxmem.training.descent import TrainState
+from jaxmem.training.grpo import Samples
+from jaxmem.training.settings import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Lengths of the batch that is planned; the default is the longest that the configuration allows.
+
+    Attributes:
+      tokens: T of a row (of a prompt, in GRPO).
+      patches: P of a row.
+    """
+
+    tokens: int
+    patches: int
+
+    @classmethod
+    def longest(cls, config: TrainConfig) -> Shape:
+        """The longest buckets of the training data."""
+        return cls(config.data.buckets.tokens[-1], config.data.buckets.patches[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program of a run.
+
+    Attributes:
+      name: "train step", "score", "update", "prefill" or "rollout".
+      lower: lowers it for the mesh.
+      arguments: by kind, trees of ShapeDtypeStruct with shardings.
+      resting: what lies in the memory meanwhile without being an argument, by kind.
+      flops: needed for one execution on all devices together (`jaxmem.planning.needed`).
+      tokens: that one execution learns from, reads or writes.
+      trips: of loops whose length the program leaves open.
+      branch_share: share of the layers in which a memory acts.
+    """
+
+    name: str
+    lower: Callable[[], Any]
+    arguments: Mapping[str, Any]
+    resting: Mapping[str, Any]
+    flops: float
+    tokens: float
+    trips: int | None
+    branch_share: float
+
+
+def backbone_of(config: TrainConfig) -> BackboneConfig:
+    """The architecture of a configuration's backbone, from its folder or, before it is there, by its name.
+
+    Raises:
+      ConfigError: there is no such folder, and the name is none of the published ones.
+    """
+    folder = Path(config.backbone) if config.backbone else api.TINY
+    if folder.is_dir():
+        return registry.config_from_hf(huggingface.read_config(folder))
+    if folder.name in PUBLISHED:
+        return PUBLISHED[folder.name]
+    near = suggestion(folder.name, PUBLISHED)
+    raise ConfigError(f"config.backbone: no folder {config.backbone!r}, and it is no name that can be planned{near}")
+
+
+def spec_of(config: TrainConfig, backbone: BackboneConfig) -> Spec:
+    """What a configuration computes: a memory that is still to be trained is planned as the published PVM."""
+    if config.memory_folder is not None and Path(config.memory_folder).is_dir():
+        name, settings = huggingface.read_memory_config(config.memory_folder, backbone)
+        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+        return Spec(backbone, (memory_module(name).create(backbone, **settings),))
+    if config.memory is None and config.memory_folder is None:
+        return Spec(backbone)
+    settings = dict(config.memory or {"name": "pvm"})
+    return Spec(backbone, (memory_module(settings.pop("name")).create(backbone, **settings),))
+
+
+def programs(config: TrainConfig, mesh: Mesh, shape: Shape | None = None) -> list[Program]:
+    """The programs of a run.
+
+    Args:
+      config: resolved for the mesh (`TrainConfig.resolved`).
+      mesh: of the topology's devices.
+      shape: lengths of the batch.
+
+    Raises:
+      ConfigError: the mesh does not divide the heads, or a pattern of `trainable` matches nothing.
+    """
+    backbone = backbone_of(config)
+    api.check_heads(backbone, mesh)
+    run = _Run(config, spec_of(config, backbone), mesh, shape or Shape.longest(config))
+    if config.grpo is None:
+        return [run.train_step()]
+    scored = [run.score()] if config.grpo.old_logprobs == "trainer" or config.grpo.loss.kl_weight else []
+    return [*run.rollout(), *scored, run.update()]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """Abstract trees of a run, made when they are asked for."""
+
+    config: TrainConfig
+    spec: Spec
+    mesh: Mesh
+    shape: Shape
+
+    @functools.cached_property
+    def dtype(self) -> Any:
+        return jnp.dtype(self.config.dtype or "bfloat16")
+
+    @functools.cached_property
+    def tree(self) -> Any:
+        """{"base", "memory"} in the dtypes that they are loaded in."""
+        lib = registry.backbone(self.spec.backbone.model_type)
+        base = lib.shapes(self.spec.backbone, self.dtype)
+        if self.config.lora is not None:
+            settings = build(lora.LoRAConfig, self.config.lora, "config.lora")
+            base = jax.eval_shape(lambda base: lora.attach(jax.random.key(0), settings, base), base)
+        memory = jax.eval_shape(lambda: init_memory(jax.random.key(0), self.spec))
+        return {"base": base, "memory": memory}
+
+    @functools.cached_property
+    def split(self) -> tuple[Any, Any]:
+        """(trainable, frozen)."""
+        return trees.split(self.tree, self.config.trainable)
+
+    @functools.cached_property
+    def frozen(self) -> Any:
+        return self.placed(self.split[1])
+
+    @functools.cached_property
+    def state(self) -> TrainState:
+        start = lambda tree: descent.init_state(self.config.optimizer, tree, 0)  # noqa: E731
+        return self.placed(jax.eval_shape(start, self.split[0]))
+
+    @property
+    def state_kinds(self) -> dict[str, Any]:
+        """The training state by kind, of what trains."""
+        return {
+            "trained weights": (self.state.trainable, self.state.step, self.state.key),
+            "optimizer": self.state.opt_state,
+        }
+
+    def placed(self, tree: Any) -> Any:
+        """Shapes with the shardings that the rules give them."""
+        return jax.tree.map(_with_place, tree, shardings(self.mesh, tree))
+
+    def rows(self, tree: Any, leading: int = 0) -> Any:
+        """Shapes [..., B, ...] with their rows over the mesh; `leading` axes stand in front of B."""
+        return jax.tree.map(_with_place, tree, batch_shardings(self.mesh, tree, leading))
+
+    def batch(self, *leading: int) -> Batch:
+        """A batch of shapes [*leading, ...], rows last."""
+        t, p, vision = self.shape.tokens, self.shape.patches, self.spec.backbone.vision
+        ints = {"tokens": (t,), "positions": (3, t), "segments": (t,), "visual_rows": (t,)}
+        ints |= {"patch_segments": (p,), "patch_coords": (p, 2), "patch_table": (p, 4)}
+        floats = {"loss_mask": (t,), "patches": (p, vision.patch_dim), "patch_weights": (p, 4)}
+        fields = {name: jax.ShapeDtypeStruct((*leading, *size), jnp.int32) for name, size in ints.items()}
+        fields |= {name: jax.ShapeDtypeStruct((*leading, *size), jnp.float32) for name, size in floats.items()}
+        return self.rows(Batch(blind=jax.ShapeDtypeStruct(leading, jnp.bool_), **fields), len(leading) - 1)
+
+    @property
+    def needed(self) -> needed.Needed:
+        """What one row takes."""
+        return needed.Needed(self.spec, self.split[0], self.shape.tokens, self.shape.patches)
+
+    def program(
+        self,
+        name: str,
+        lower: Callable[[], Any],
+        arguments: Mapping[str, Any],
+        flops: float,
+        tokens: float,
+        resting: Mapping[str, Any] | None = None,
+        trips: int | None = None,
+    ) -> Program:
+        """A Program with this run's defaults; it is lowered with the mesh as the current one."""
+
+        def on_mesh() -> Any:
+            with jax.set_mesh(self.mesh):
+                return lower()
+
+        layers = sum(len(memory.layers) for memory in self.spec.memories)
+        share = layers / self.spec.backbone.text.layers
+        return Program(name, on_mesh, arguments, resting or {}, flops, tokens, trips, share)
+
+    def train_step(self) -> Program:
+        """A step of supervised fine-tuning."""
+        config, trainable = self.config, self.split[0]
+        forward = sft.model_forward(self.spec, trainable, remat=config.remat, base_dtype=self.dtype)
+        report = functools.partial(sft.gates, self.spec)
+        step: Any = sft.make_train_step(
+            forward, config.optimizer, 1000, trainable, report=report, chunk=config.loss_chunk, dtype=self.dtype,
+            donate=config.donate,
+        )  # fmt: skip
+        rows, parts = config.loop.batch_size, config.loop.accumulate
+        batches = self.batch(parts, rows // parts)
+        return self.program(
+            "train step",
+            lambda: step.lower(self.state, self.frozen, batches),
+            {**self.state_kinds, "weights": self.frozen, "inputs": batches},
+            flops=rows * self.needed.learn_row(),
+            tokens=rows * self.shape.tokens,
+        )
+
+    def samples(self) -> Samples:
+        """Completions of the step [A, B, G, N], all as long as they may be."""
+        method, loop = self._method, self.config.loop
+        lead = (loop.accumulate, loop.batch_size // method.minibatches // loop.accumulate)
+        group = (*lead, method.group)
+        new = lambda dtype: jax.ShapeDtypeStruct((*group, method.max_new_tokens), dtype)  # noqa: E731
+        each = lambda dtype: jax.ShapeDtypeStruct(group, dtype)  # noqa: E731
+        sampled = {"tokens": new(jnp.int32), "lengths": each(jnp.int32), "advantages": each(jnp.float32)}
+        sampled |= {"mask": new(jnp.float32), "old": new(jnp.float32)}
+        sampled |= {"reference": new(jnp.float32) if method.loss.kl_weight else None}
+        return Samples(prompts=self.batch(*lead), **self.rows(sampled, 1))
+
+    @property
+    def _method(self) -> Any:
+        assert self.config.grpo is not None, "a program of GRPO"
+        return self.config.grpo
+
+    @functools.cached_property
+    def _score(self) -> grpo.Score:
+        forward = grpo.model_forward(self.spec, self.split[0], remat=self.config.remat, base_dtype=self.dtype)
+        return grpo.make_score(forward, self._method.temperature, self.config.loss_chunk)
+
+    def score(self) -> Program:
+        """Log-probabilities of a step's completions in front of its updates."""
+        samples, method = self.samples(), self._method
+        trainable = {"trained weights": self.state.trainable}
+        score: Any = grpo_run.compiled_score(self._score)
+        rows = self.config.loop.batch_size // method.minibatches
+        return self.program(
+            "score",
+            lambda: score.lower(self.state.trainable, self.frozen, samples),
+            {**trainable, "weights": self.frozen, "inputs": samples},
+            resting={"optimizer": self.state.opt_state},
+            flops=rows * self.needed.score_group(method.group, method.max_new_tokens),
+            tokens=rows * method.group * method.max_new_tokens,
+        )
+
+    def update(self) -> Program:
+        """One update of GRPO."""
+        config, method, samples = self.config, self._method, self.samples()
+        update: Any = grpo.make_update(
+            self._score, method.loss, config.optimizer, 1000, self.split[0], method.max_new_tokens, self.dtype,
+            config.donate,
+        )  # fmt: skip
+        rows = config.loop.batch_size // method.minibatches
+        return self.program(
+            "update",
+            lambda: update.lower(self.state, self.frozen, samples),
+            {**self.state_kinds, "weights": self.frozen, "inputs": samples},
+            flops=rows * self.needed.learn_group(method.group, method.max_new_tokens),
+            tokens=rows * method.group * method.max_new_tokens,
+        )
+
+    def rollout(self) -> list[Program]:
+        """Prefill, and the loop that samples until the longest completion ends."""
+        method, config = self._method, self.config
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        rows = min(method.prompts_at_once * ways or config.loop.batch_size, config.loop.batch_size)
+        plain = SamplerConfig(stop_tokens=(1,), banned_tokens=self.spec.backbone.media_tokens)
+        settings = method.sampler(plain)
+        cast = jax.eval_shape(lambda tree: descent.computing(tree, self.dtype), self.split[0])
+        tree = trees.merge(self.placed(cast), self.frozen)
+        kinds = {"weights": tree}
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (rows, method.group)))
+        batch, size = self.batch(rows), self.shape.tokens + settings.max_new_tokens
+        start = lambda: generate.start.lower(  # noqa: E731
+            self.spec, settings, size, tree["base"], tree["memory"], batch, self.placed(keys)
+        )
+        resting = {"trained weights": self.split_if_cast(), "optimizer": self.state.opt_state}
+        prefill = self.program(
+            "prefill", start, {**kinds, "inputs": (batch, keys)}, resting=resting,
+            flops=rows * self.needed.read_row(), tokens=rows * self.shape.tokens,
+        )  # fmt: skip
+
+        begin = functools.partial(generate.start, self.spec, settings, size)
+        state = self.sampling(jax.eval_shape(begin, tree["base"], tree["memory"], batch, keys))
+        until = jax.ShapeDtypeStruct((), jnp.int32)
+        decode = self.program(
+            "rollout",
+            lambda: generate.proceed.lower(self.spec, settings, tree["base"], tree["memory"], state, until),
+            {**kinds, "cache": state},
+            resting=resting,
+            flops=rows * self.needed.write_group(method.group, settings.max_new_tokens),
+            tokens=rows * method.group * settings.max_new_tokens,
+            trips=settings.max_new_tokens,
+        )
+        return [prefill, decode]
+
+    def sampling(self, state: generate.State) -> generate.State:
+        """The state of the sampling with the places of its caches."""
+        put = lambda tree, name: jax.tree.map(  # noqa: E731
+            lambda leaf: _with_place(leaf, activation_sharding(self.mesh, leaf.shape, name)), tree
+        )
+        cache, tail = state.cache, state.cache.tail
+        assert tail is not None, "a cache of continuations"
+        nothing: Any = None
+        rest = self.rows(dataclasses.replace(state, cache=nothing))
+        # What memories remember of prompts is [B, ...] or, of several layers, [slots, B, ...].
+        states = jax.tree.map(lambda leaf: self.rows(leaf, int(leaf.ndim > 2)), cache.states)
+        tail = dataclasses.replace(self.rows(tail), layers=put(tail.layers, "branch_keys"))
+        cache = dataclasses.replace(self.rows(cache), layers=put(cache.layers, "trunk_keys"), tail=tail)
+        return dataclasses.replace(rest, cache=dataclasses.replace(cache, states=states))
+
+    def split_if_cast(self) -> Any:
+        """The float32 originals that rest while their copies sample; nothing where they sample themselves."""
+        return {name: tree for name, tree in self.state.trainable.items() if name == "base"}
+
+
+def _with_place(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
