@@ -66,12 +66,15 @@ def get_config(what: str = "all") -> ConfigDict:
                 "accumulate": 1,
                 "eval_every": 0,
                 "checkpoint_every": 30,
+                "checkpoint_seconds": 60.0,
                 "keep": 2,
+                "keep_best": 1,
                 "resume": "auto",
                 "progress": True,
                 "tensorboard": True,
             },
-            "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
+            "mesh": {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1},
+            "hosts": {"start": "auto", "timeout_s": 900.0, "heartbeat_s": 100},
             "remat": False,
         }
     )

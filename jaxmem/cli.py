@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -148,6 +149,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"jaxmem: {error}", file=sys.stderr)
+        if getattr(error, "gone", False):  # jax would wait for the host that is gone, and then abort
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(2)
         return getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
         print("jaxmem: interrupted", file=sys.stderr)

@@ -32,7 +32,15 @@ COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX
 
 
 class HostError(JaxmemError):
-    """Another host failed, is gone, or is somewhere else in the program."""
+    """Another host failed, is gone, or is somewhere else in the program.
+
+    Attributes:
+      gone: a host is missing: there is nobody left to say goodbye to, so the process had better end at once.
+      shared: every host raises it already.
+    """
+
+    gone = False
+    shared = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,10 +192,13 @@ def together() -> Iterator[None]:
                 if not died:
                     _meet("", "fault", f"{type(error).__name__}: {error}", lambda values: None)
             if died:
-                raise HostError(
-                    f"host {index()}: a computation over all hosts failed, most likely because one of them is gone:"
-                    f" {_brief(error)}. Look at the other hosts' output; the same command on all goes on from the"
-                    " last checkpoint"
+                raise _shared(
+                    HostError(
+                        f"host {index()}: a computation over all hosts failed, most likely because one of them is gone:"
+                        f" {_brief(error)}. Look at the other hosts' output; the same command on all goes on from the"
+                        " last checkpoint"
+                    ),
+                    gone=True,
                 ) from error
         raise
 
@@ -221,7 +232,7 @@ def _meet(what: str, kind: str, value: Any, combine: Callable[[list[Any]], Any])
         else:
             fault, result = pickle.loads(client.blocking_key_value_get_bytes(f"{place}.result", limit))
     except jax.errors.JaxRuntimeError as error:
-        raise _shared(HostError(_absent(what, error))) from error
+        raise _shared(HostError(_absent(what, error)), gone=True) from error
     if fault:
         raise _shared(HostError(fault))
     return result
@@ -239,7 +250,9 @@ def _fault(entries: Sequence[tuple[str, str, Any]]) -> str:
 
 def _absent(what: str, error: Exception) -> str:
     """Which hosts did not come, as far as the coordination service says."""
-    missing = sorted({int(number) for number in re.findall(r"task:(\d+)", str(error))} - {index()})
+    late = re.search(r"timed out task names:\s*((?:\S*\d+[\s,]*)+)", str(error))
+    numbers = re.findall(r"Task (\d+) heartbeat", str(error)) + re.findall(r"(\d+)(?=[\s,]|$)", late[1] if late else "")
+    missing = sorted({int(number) for number in numbers} - {index()})
     who = f"host {', '.join(map(str, missing))}" if missing else "a host"
     return (
         f"host {index()} waited at {what!r}, and {who} did not come within {_config.timeout_s:g} s (hosts.timeout_s) or"
@@ -253,9 +266,9 @@ def _brief(error: BaseException, limit: int = 300) -> str:
     return text if len(text) <= limit else f"{text[:limit]} ..."
 
 
-def _shared(error: HostError) -> HostError:
-    """Marks an error that every host raises already."""
-    error.shared = True  # pyrefly: ignore[missing-attribute]
+def _shared(error: HostError, gone: bool = False) -> HostError:
+    """Marks an error that every host raises already, or that no other host can be told of."""
+    error.shared, error.gone = True, gone
     return error
 
 

@@ -64,9 +64,9 @@ ACTIVATIONS: Mapping[str, P] = {
     "head": P(("tensor", *PIECES), None),
     "chunk": P("data", None, None),
     "logits": P("data", None, ("tensor", *PIECES)),
-    "next_logits": P(None, None, "tensor"),  # [B, G, V] of one generated token each, before they become `scores`
+    "next_logits": P(None, "tensor"),  # [B * G, V] of one generated token each, as they are computed
     "token": P(None, None, PIECES),  # [B, G, D] one generated token each: weights stay where they are
-    "scores": P(ROWS, "sequence", None),  # [B, G, V] logits of generated tokens
+    "scores": P((*ROWS, "sequence"), None),  # [B * G, V] the same, as they are drawn from
 }
 """Activations, by the names that the forward passes use in `constrain`."""
 

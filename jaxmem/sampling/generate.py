@@ -60,12 +60,10 @@ class Generated:
 
 def _record(settings: SamplerConfig, state: State, scores: Array) -> State:
     """Draws a token for every continuation that goes on and writes it down; scores [B, G, V]."""
-    scores = constrain(constrain(scores, "next_logits"), "scores")
     keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(state.keys, state.index)
     flat = lambda leaf: None if leaf is None else leaf.reshape(-1, *leaf.shape[2:])  # noqa: E731
-    drawn, logprob = (
-        out.reshape(state.done.shape) for out in draw(settings, flat(keys), flat(scores), flat(state.seen))
-    )
+    scores = constrain(constrain(flat(scores), "next_logits"), "scores")
+    drawn, logprob = (out.reshape(state.done.shape) for out in draw(settings, flat(keys), scores, flat(state.seen)))
     tokens = jnp.where(state.done, settings.pad_token, drawn)
     stops = jnp.isin(tokens, jnp.asarray(settings.stop_tokens, jnp.int32)) if settings.stop_tokens else False
     put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new[..., None], state.index, axis=2)  # noqa: E731
