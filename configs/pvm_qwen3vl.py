@@ -2,8 +2,10 @@
 
     jaxmem train --config=configs/pvm_qwen3vl.py:8b --config.backbone=PATH --config.data.path=PATH/train.jsonl
 
-The argument is the size: 2b, 4b or 8b. The paper trains on 8 GPUs with one row each and 8 microbatches:
-`--config.mesh.data=8 --config.loop.accumulate=8`. On one device the same 64 rows are 64 microbatches, as below.
+The argument is the size: 2b, 4b or 8b. The mesh suits 4 devices and every multiple of 4 that divides 4 x 64 rows: four
+devices share the tokens of a row, so that the longest rows fit 16 GiB, and `fsdp` takes the rest. On one device:
+`--config.mesh.fsdp=1 --config.mesh.sequence=1`. The paper trains on 8 GPUs with one row each and 8 microbatches:
+`--config.mesh.fsdp=8 --config.mesh.sequence=1`.
 """
 
 from ml_collections import ConfigDict

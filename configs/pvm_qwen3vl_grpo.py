@@ -8,8 +8,10 @@ The argument is the size, 2b, 4b or 8b, and what trains: `8b` the language model
 starts from the first stage's memory, `configs/pvm_qwen3vl.py`. A line of the data is {"messages": [...], "answer":
 ...}; the words that ask for <think> and <answer> belong to its messages. The paper holds 100 lines out.
 
-The paper trains on 8 GPUs: `--config.mesh.fsdp=8 --config.loop.accumulate=1`. On one device the eight groups of a step
-are eight microbatches, as below.
+The mesh suits 16, 32, 64 and 128 devices: eight share the completions of a group and two the heads, so that the largest
+choice fits 16 GiB, and `fsdp` takes the rest. The paper trains on 8 GPUs: set `config.mesh` to fsdp=8, sequence=1 and
+tensor=1. On one device all four sizes are 1, and the eight groups of a step are eight microbatches.
+Prompts are at most 4,096 tokens and 8,192 patches long (`data.buckets`); a longer one is an error that says so.
 """
 
 from ml_collections import ConfigDict

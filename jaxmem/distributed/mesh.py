@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -60,10 +61,10 @@ ACTIVATIONS: Mapping[str, P] = {
     "branch_keys": P(ROWS, "sequence", "tensor", None, None),  # [B, G, K, U, H], also the cache of continuations
     "kept_keys": P(ROWS, "sequence", "tensor", None),  # [B, T, K, H] of a prompt, until a layer of continuations asks
     "trunk_keys": P(ROWS, "tensor", None, None),  # [B, K, S, H], also the cache of prompts
-    # The loss: each device has a part of the vocabulary, for all positions [B, C, D] of a chunk.
-    "head": P(("tensor", *PIECES), None),
-    "chunk": P("data", None, None),
-    "logits": P("data", None, ("tensor", *PIECES)),
+    # The loss: the devices that share a row have a part of the vocabulary each, for the chunk [B, C, D] of all of them.
+    "head": P(("sequence", "tensor"), None),
+    "chunk": P(ROWS, None, None),
+    "logits": P(ROWS, None, ("sequence", "tensor")),
     "next_logits": P(None, "tensor"),  # [B * G, V] of one generated token each, as they are computed
     "token": P(None, None, PIECES),  # [B, G, D] one generated token each: weights stay where they are
     "scores": P((*ROWS, "sequence"), None),  # [B * G, V] the same, as they are drawn from
@@ -86,7 +87,9 @@ def make_mesh(data: int = 1, fsdp: int = 1, sequence: int = 1, tensor: int = 1, 
     used = math.prod(sizes.values())
     if used < len(devices) and any(device.process_index for device in devices):
         raise ConfigError(f"{_words(sizes)} uses {used} of the {len(devices)} devices of all hosts; set mesh.fsdp=-1")
-    return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:used])
+    # Axes may take a part of a torus axis, such as 8 x 2 of a 4 x 4 torus.
+    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices[:used], allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def complete(sizes: Mapping[str, int], devices: int) -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import Any
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxmem import config as configs
+from jaxmem.distributed import flags
 from jaxmem.distributed.mesh import AXES, make_mesh
 from jaxmem.errors import ConfigError
 from jaxmem.planning import chips, gpu, report, scaling
@@ -82,7 +83,9 @@ def plan(config: TrainConfig, topology: Topology, shape: Shape | None = None) ->
     mesh: Any = make_mesh(**sizes, devices=topology.abstract_devices()) if compiled else _abstract(sizes)
     shape = shape or Shape.longest(config)
     found = [
-        _compiled(program, topology, mesh) if compiled else _by_arithmetic(program, config, shape, topology, sizes)
+        _compiled(program, topology, mesh, flags.compiler_options("tpu", config.xla_flags, config.xla_extra_flags))
+        if compiled
+        else _by_arithmetic(program, config, shape, topology, sizes)
         for program in programs(config, mesh, shape)
     ]
     name = f"{config.backbone or 'tiny'}, rows of {shape.tokens} tokens and {shape.patches} patches"
@@ -90,7 +93,7 @@ def plan(config: TrainConfig, topology: Topology, shape: Shape | None = None) ->
     return dataclasses.replace(first, advice=tuple(advice(first)))
 
 
-def _compiled(program: Program, topology: Topology, mesh: Mesh) -> ProgramPlan:
+def _compiled(program: Program, topology: Topology, mesh: Mesh, options: Mapping[str, Any]) -> ProgramPlan:
     """One program through the TPU compiler, with what rests beside it in the memory."""
     return plan_program(
         program.name,
@@ -103,6 +106,7 @@ def _compiled(program: Program, topology: Topology, mesh: Mesh) -> ProgramPlan:
         tokens=program.tokens,
         unknown_trips=program.trips,
         branch_share={"DecoderLayer": program.branch_share},
+        options=options,
     )
 
 

@@ -30,6 +30,7 @@ def plan_program(
     tokens: float = 0.0,
     unknown_trips: float | None = None,
     branch_share: float | Mapping[str, float] = 1.0,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> ProgramPlan:
     """Compiles a program and says what it needs.
 
@@ -42,11 +43,12 @@ def plan_program(
       devices: how many devices the mesh uses; 0 for all.
       model_flops, tokens: of one execution over all devices (see `roofline`).
       unknown_trips, branch_share: see `hlo.count`.
+      options: of the compiler (`flags.compiler_options`).
     """
     start = time.perf_counter()
     try:
         with _uncached():
-            compiled = lower().compile()
+            compiled = lower().compile(compiler_options=dict(options))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
