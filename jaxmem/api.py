@@ -25,7 +25,7 @@ from jaxmem.backbones.config import BackboneConfig
 from jaxmem.checkpoints import huggingface, peft
 from jaxmem.data.batching import Buckets, collate
 from jaxmem.data.processor import Processor, load_processor
-from jaxmem.distributed.mesh import AXES, shardings
+from jaxmem.distributed.mesh import AXES, current, shardings
 from jaxmem.errors import ConfigError
 from jaxmem.memory.registry import memory as memory_module
 from jaxmem.model import Spec
@@ -164,7 +164,8 @@ class Model:
 
     def logits(self, batch: Batch) -> Array:
         """[B, T, V] float32, for looking; training never makes it."""
-        return _logits(self.spec, self.base, _hidden_states(self.spec, self.base, self.memory, batch))
+        with current(self.mesh):
+            return _logits(self.spec, self.base, _hidden_states(self.spec, self.base, self.memory, batch))
 
     def sampler(self, **settings: Any) -> SamplerConfig:
         """Sampling settings with this model's stop tokens, padding and banned media tokens filled in."""
@@ -192,7 +193,8 @@ class Model:
         Returns:
           One Completion per chat.
         """
-        *_, answers = self.stream(chats, key=key, buckets=buckets, every=None, **settings)
+        with current(self.mesh):
+            *_, answers = self.stream(chats, key=key, buckets=buckets, every=None, **settings)
         return answers
 
     def stream(

@@ -11,6 +11,7 @@ PVM's one key head (0.8 MB), step counters and random keys.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping
@@ -156,6 +157,11 @@ def batch_shardings(mesh: Mesh | AbstractMesh, batch: Any, leading: int = 0) -> 
         return NamedSharding(mesh, _fitted(spec, np.shape(leaf), mesh))
 
     return jax.tree_util.tree_map_with_path(place, batch)
+
+
+def current(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Makes a mesh the current one for a block; nothing without a mesh."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def ambient() -> AbstractMesh | None:

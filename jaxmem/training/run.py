@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib
@@ -26,7 +25,7 @@ from jaxmem.checkpoints.weights import INDEX as WEIGHT_INDEX
 from jaxmem.data import records
 from jaxmem.data.pipeline import Pipeline, Rejections, Rows
 from jaxmem.distributed import flags, hosts
-from jaxmem.distributed.mesh import make_mesh
+from jaxmem.distributed.mesh import current, make_mesh
 from jaxmem.errors import ConfigError
 from jaxmem.training import descent, grpo_job, loop, record, seeds, sft, trees
 from jaxmem.training.descent import TrainState
@@ -128,7 +127,7 @@ def _train(config: TrainConfig, began: float) -> Result:
     source = open_source(config.data, config.loop.batch_size)
     held_out = None if config.evaluation is None else open_source(config.evaluation, config.loop.batch_size)
     mesh, folder = _mesh(config.mesh), Path(config.output)
-    with on(mesh):
+    with current(mesh):
         model = load_model(config, mesh)
         with grpo_job.open_rewards(config, model, source) as rewards:
             if config.grpo is None:
@@ -155,18 +154,13 @@ def _train(config: TrainConfig, began: float) -> Result:
     return Result(model, metrics, job.steps, folder)
 
 
-def on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """Makes a mesh the current one for a block; nothing without a mesh."""
-    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
-
-
 def _alone(what: str, model: api.Model, measure: Callable[[api.Model], Any]) -> None:
     """Measures on the first host, with weights that lie there, while the others wait."""
     if hosts.count() == 1:
         measure(model)
         return
     whole = hosts.fetch((model.base, model.memory))
-    with on(make_mesh(devices=jax.local_devices()[:1])):
+    with current(make_mesh(devices=jax.local_devices()[:1])):
         base, memory = jax.tree.map(jnp.asarray, whole)
         local = dataclasses.replace(model, base=base, memory=memory)
         hosts.once(what, lambda: measure(local) and None)

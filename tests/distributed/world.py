@@ -23,7 +23,6 @@ from jaxmem.sampling.rollout import Rollout, rollout
 from jaxmem.training import descent, grpo, placing, sft, trees
 from jaxmem.training.optimizer import OptimizerConfig
 from jaxmem.training.policy import LossConfig
-from jaxmem.training.run import on
 
 VOCAB, IMAGE, START, END = 160, 156, 158, 159
 BACKBONE = BackboneConfig(
@@ -116,7 +115,7 @@ def _gradient(state: Any) -> Any:
 
 def supervised(mesh: Any, trainable: Any) -> Outcome:
     """Gradient of a batch of two microbatches, and two optimizer steps."""
-    with on(mesh):
+    with meshes.current(mesh):
         train, frozen = trees.split(placed(tree(), mesh), trainable)
         forward = sft.model_forward(SPEC, train)
         batches = placing.place(batch(2 * ROWS), 2, mesh)
@@ -130,7 +129,7 @@ def supervised(mesh: Any, trainable: Any) -> Outcome:
 def reinforced(mesh: Any, trainable: Any) -> Outcome:
     """Sampled groups, and one update of GRPO on them with made-up advantages."""
     settings = SamplerConfig(max_new_tokens=NEW, temperature=1.0, stop_tokens=(3, 4, 5, 6, 7, 8, 9))
-    with on(mesh):
+    with meshes.current(mesh):
         whole = placed(tree(), mesh)
         prompts = placing.put(batch(ROWS, seed=1), mesh)
         rolled = rollout(SPEC, whole["base"], whole["memory"], prompts, settings, jax.random.key(3), GROUP)
