@@ -18,6 +18,7 @@ BENCHES: Mapping[str, str] = {
     "compile": "jaxmem.bench.compiling",
     "decode": "jaxmem.bench.decoding",
     "grpo": "jaxmem.bench.rollouts",
+    "loading": "jaxmem.bench.loading",
 }
 
 

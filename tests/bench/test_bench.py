@@ -8,7 +8,7 @@ import pytest
 
 from jaxmem import cli
 from jaxmem.backbones import qwen3_vl
-from jaxmem.bench import compiling, decoding, models, rollouts, run
+from jaxmem.bench import compiling, decoding, loading, models, rollouts, run
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +25,11 @@ def test_decode_compares_the_same_tokens(config: object) -> None:
     assert "same tokens: 100.0%" in against.name
     assert against.ratio == pytest.approx(against.ours / against.peer)
     assert price.ratio == pytest.approx(price.peer / price.ours - 1)
+
+
+def test_loading_measures_what_a_host_holds(config: object) -> None:
+    (comparison,) = loading.run(config, hosts=2)
+    assert 0.03 < comparison.ours < comparison.peer and comparison.ratio == comparison.ours / comparison.peer
 
 
 @pytest.mark.slow  # compiles four gradient steps
