@@ -2,10 +2,10 @@
 
     jaxmem train --config=configs/pvm_qwen3vl.py:8b --config.backbone=PATH --config.data.path=PATH/train.jsonl
 
-The argument is the size: 2b, 4b or 8b. The mesh suits 4 devices and every multiple of 4 that divides 4 x 64 rows: four
-devices share the tokens of a row, so that the longest rows fit 16 GiB, and `fsdp` takes the rest. On one device:
-`--config.mesh.fsdp=1 --config.mesh.sequence=1`. The paper trains on 8 GPUs with one row each and 8 microbatches:
-`--config.mesh.fsdp=8 --config.mesh.sequence=1`.
+The argument is the size: 2b, 4b or 8b. The mesh suits 16 devices and their multiples up to 256: sixteen hold the
+weights between them, four of these share the tokens of a row, so that the longest rows fit 16 GiB, and `data` takes the
+rest. On one device: `--config.mesh.fsdp=1 --config.mesh.sequence=1`. The paper trains on 8 GPUs with one row each and 8
+microbatches: `--config.mesh.fsdp=8 --config.mesh.sequence=1`.
 """
 
 from ml_collections import ConfigDict
@@ -87,7 +87,7 @@ def get_config(size: str) -> ConfigDict:
                 "progress": True,
                 "tensorboard": True,
             },
-            "mesh": {"data": 1, "fsdp": -1, "sequence": 4, "tensor": 1},
+            "mesh": {"data": -1, "fsdp": 4, "sequence": 4, "tensor": 1},
             "hosts": {"start": "auto", "timeout_s": 900.0, "heartbeat_s": 100},
             "remat": "full",
             "donate": True,

@@ -187,20 +187,21 @@ def together() -> Iterator[None]:
         _drain()
     except BaseException as error:
         if count() > 1 and not getattr(error, "shared", False):
-            died = isinstance(error, jax.errors.JaxRuntimeError)
-            with contextlib.suppress(HostError):
-                if not died:
-                    _meet("", "fault", f"{type(error).__name__}: {error}", lambda values: None)
-            if died:
-                raise _shared(
-                    HostError(
-                        f"host {index()}: a computation over all hosts failed, most likely because one of them is gone:"
-                        f" {_brief(error)}. Look at the other hosts' output; the same command on all goes on from the"
-                        " last checkpoint"
-                    ),
-                    gone=True,
-                ) from error
+            _tell(error)
         raise
+
+
+def _tell(error: BaseException) -> None:
+    """Tells the other hosts of this host's error; HostError where a computation failed because one of them is gone."""
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+        text = (
+            f"host {index()}: a computation over all hosts failed, most likely because one of them is gone:"
+            f" {_brief(error)}. Look at the other hosts' output; the same command on all goes on from the last"
+            " checkpoint"
+        )
+        raise _shared(HostError(text), gone=True) from error
+    with contextlib.suppress(HostError):
+        _meet("", "fault", f"{type(error).__name__}: {error}", lambda values: None)
 
 
 def _drain() -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmem.distributed.mesh import constrain, ways
+from jaxmem.distributed.mesh import ROWS, constrain, ways
 
 
 class TokenLoss(NamedTuple):
@@ -46,7 +46,7 @@ def cross_entropy(
       tokens: [B, T] int32.
       weights: [B, T] float weight of predicting the token that stands at an index (`Batch.loss_mask`). Index 0 has
         nothing before it and never counts.
-      chunk: positions whose logits exist together, at least one per row.
+      chunk: positions whose logits exist together, at least one per row; on a mesh, of each of its data x fsdp ways.
 
     Returns:
       TokenLoss.
@@ -62,7 +62,7 @@ def cross_entropy(
         )
     unembedding, parts = constrain(unembedding, "head"), ways("sequence", "tensor")
     targets, weights = _next(tokens), _next(weights).astype(jnp.float32)
-    chunks = jax.tree.map(lambda leaf: _chunks(leaf, chunk // rows, parts), (hidden, targets, weights))
+    chunks = jax.tree.map(lambda leaf: _chunks(leaf, chunk * ways(*ROWS) // rows, parts), (hidden, targets, weights))
 
     def body(total: TokenLoss, piece):
         here = jax.lax.cond(jnp.any(piece[2] > 0), lambda: _chunk_loss(unembedding, *piece), _nothing)
@@ -87,7 +87,7 @@ def token_logprobs(
       tokens: [B, N] int32.
       mask: [B, N] tokens that are wanted; a chunk without any costs nothing.
       temperature: that of the sampling.
-      chunk: positions whose logits exist together, at least one per row.
+      chunk: see `cross_entropy`.
 
     Returns:
       (log-probabilities, entropies of their distributions), both [B, N] float32 in nats and 0 outside the mask. The
@@ -103,7 +103,7 @@ def token_logprobs(
             " should be [B, N, D], [V, D], [B, N] and [B, N]"
         )
     unembedding, parts = constrain(unembedding, "head"), ways("tensor")
-    pieces = jax.tree.map(lambda leaf: _chunks(leaf, chunk // rows, parts), (hidden, tokens, mask > 0))
+    pieces = jax.tree.map(lambda leaf: _chunks(leaf, chunk * ways(*ROWS) // rows, parts), (hidden, tokens, mask > 0))
 
     def score(hidden: jax.Array, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = _logits(hidden, unembedding) / temperature

@@ -99,7 +99,7 @@ class TrainConfig:
         to JAX_COMPILATION_CACHE_DIR.
       xla_flags: preset of compiler flags, of `jaxmem.distributed.flags.PRESETS`; what the environment says wins.
       xla_extra_flags: further flags, "--xla_name=value".
-      loss_chunk: positions whose logits exist at once.
+      loss_chunk: positions whose logits exist at once, on each of the mesh's data x fsdp ways.
       min_pixels, max_pixels: replace the folder's limits per image.
       experiment: {"name": "digit_boards", ...}, measurements before and after the training; None makes none.
     """
