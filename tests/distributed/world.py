@@ -27,14 +27,14 @@ from jaxmem.training.policy import LossConfig
 VOCAB, IMAGE, START, END = 160, 156, 158, 159
 BACKBONE = BackboneConfig(
     "qwen3_vl",
-    TextConfig(layers=3, width=64, mlp_width=96, heads=8, kv_heads=4, head_dim=16, vocab=VOCAB, rope_section=(4, 2, 2)),
+    TextConfig(layers=2, width=64, mlp_width=96, heads=8, kv_heads=4, head_dim=16, vocab=VOCAB, rope_section=(4, 2, 2)),
     VisionConfig(depth=2, width=32, mlp_width=64, heads=4, out_width=64, taps=(0, 1), patch_size=4, table_side=8),
     IMAGE,
     157,
     START,
     END,
 )
-SPEC = Spec(BACKBONE, (pvm.create(BACKBONE, layers=(1, 2), latent=64, gate=0.3, initialiser="fan_in"),))
+SPEC = Spec(BACKBONE, (pvm.create(BACKBONE, layers=(0, 1), latent=64, gate=0.3, initialiser="fan_in"),))
 MESHES = {
     "1x1": {},
     "fsdp 8 x tensor 1": {"fsdp": 8},
