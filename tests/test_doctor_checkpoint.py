@@ -35,6 +35,11 @@ def files_of(run, step):
     return [path for path in (run / "checkpoints" / str(step) / "state").rglob("*") if path.is_file()]
 
 
+def test_a_run_named_by_a_relative_path(run, capsys, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    assert doctor.main(checkpoint=run.name) == 0 and "no problems found" in capsys.readouterr().out
+
+
 def test_a_whole_run(run, capsys):
     (run / "memory").mkdir()
     save_file({"a": np.zeros(3)}, run / "memory" / "memory.safetensors")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def examine(folder: str | Path) -> dict[str, Any]:
 
 def _folders(folder: str | Path) -> tuple[epath.Path, epath.Path]:
     """(the run's folder, its directory of checkpoints) from either of them."""
-    given = epath.Path(folder)
+    given = epath.Path(folder) if "://" in str(folder) else epath.Path(os.path.abspath(folder))  # orbax wants it whole
     if not given.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give a run's output directory, or its checkpoints")
     if (given / CHECKPOINTS).is_dir() or (given / RUN).exists():
