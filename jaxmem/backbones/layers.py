@@ -89,7 +89,7 @@ def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
     return out.reshape(*query.shape[:2], -1)
 
 
-def in_blocks(attend: Callable[[Any], Array], queries: Any, block: int = BLOCK) -> Array:
+def in_blocks(attend: Callable[[Any], Array], queries: Any, block: int | None = None) -> Array:
     """`attend(queries)`, a few queries at a time where there are many, and once more in the backward pass.
 
     Scores of T queries with S keys take T x S numbers; of long prompts only a block of them ever exists.
@@ -97,12 +97,13 @@ def in_blocks(attend: Callable[[Any], Array], queries: Any, block: int = BLOCK) 
     Args:
       attend: queries with leaves [B, P, N, ...] -> [B, P, N, ...]; treats the N alike.
       queries: leaves [B, P, T, ...]; the P parts (pieces of a row, completions of a group) may lie on other devices.
-      block: largest N.
+      block: largest N; `BLOCK` when None.
 
     Returns:
       [B, P, T, ...].
     """
     parts, length = jax.tree.leaves(queries)[0].shape[1:3]
+    block = block or BLOCK
     if length <= block:
         return attend(queries)
     count = -(-length // block)

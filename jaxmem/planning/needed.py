@@ -2,8 +2,8 @@
 
 Convention: a multiplication and an addition are two operations. A forward pass takes 2 for each weight and token; a
 backward pass 2 more for the gradient of each activation that something below it needs, and 2 more for each weight that
-trains. Causal attention counts half of the square. Recomputation (remat) is not needed, so it does not count, and
-neither does padding's absence: every row is as long as its bucket.
+trains. Causal attention counts half of the square. Recomputation (remat) is not needed, so it does not count. Every row
+is taken to be as long as its bucket.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class Needed:
     def _backward(self, forward: float, tokens: float, head: float) -> float:
         """What a backward pass adds to a decoder's and a head's forward operations."""
         trained = self.trainable.get("base", {})
-        size = trees.count({name: leaf for name, leaf in trained.items() if name != "embed"})
+        looked_up = () if self.spec.backbone.text.tied else ("embed",)  # a tied embedding is the head too
+        size = trees.count({name: leaf for name, leaf in trained.items() if name not in looked_up})
         return forward * self._share_above + head + 2.0 * tokens * size
 
     def read_row(self) -> float:

@@ -1,14 +1,16 @@
 """Records to batches: order, position, padding rows, and what happens to rows that cannot be used."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
+from jaxmem.data.batching import Buckets, collate, widen
 from jaxmem.data.pipeline import Pipeline, Rejections, blind_rows
 from jaxmem.data.records import JsonlRecords, fingerprint, messages_of
 from jaxmem.errors import DataError
-from tests.training.tiny_run import assemble, encode
+from tests.training.tiny_run import assemble, encode, example
 
 RECORDS = [{"seed": i, "answer": 1 + i % 3} for i in range(10)]
 
@@ -109,3 +111,25 @@ def test_blind_rows_are_a_function_of_seed_and_step_with_the_exact_share():
     assert set(masks.sum(1)) == {2, 3} and abs(masks.mean() - 0.5) < 0.02
     assert np.ptp(masks.mean(0)) < 0.15  # no row is favoured
     assert not blind_rows(1, 0, 8, 0.0).any() and blind_rows(1, 0, 8, 1.0).all()
+
+
+@pytest.mark.parametrize("shares", [((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 1, 2), (3,))])
+def test_the_shares_of_the_hosts_are_the_whole_batch(shares):
+    whole = list(pipeline().steps(0, 3))
+    parts = [list(pipeline(share=share).steps(0, 3)) for share in shares]
+    for step, want in enumerate(whole):
+        for share, part in zip(shares, parts, strict=True):
+            assert part[step].names == want.names and len(part[step].batch.tokens) == len(share)
+            real = [row for row in share if row < len(want.names)]
+            width = min(part[step].batch.tokens.shape[1], want.batch.tokens.shape[1])
+            ours, known = part[step].batch.tokens[: len(real), :width], want.batch.tokens[real, :width]
+            np.testing.assert_array_equal(ours, known)
+            assert not part[step].batch.loss_mask[len(real) :].any()  # (3,) has no record of the last batch
+
+
+def test_widening_a_batch_is_collating_into_the_larger_bucket():
+    rows = [example(0), example(1, answer=6)]
+    small, large = (collate(rows, Buckets((tokens,), (patches,))) for tokens, patches in ((20, 16), (32, 24)))
+    for field in dataclasses.fields(large):
+        widened = getattr(widen(small, 32, 24), field.name)
+        np.testing.assert_array_equal(widened, getattr(large, field.name), field.name)
