@@ -6,7 +6,7 @@ Every method is a line or two onto the pure functions that training and sampling
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,18 @@ from jaxmem.backbones import registry
 from jaxmem.backbones.batch import Array, Batch
 from jaxmem.backbones.config import BackboneConfig
 from jaxmem.checkpoints import huggingface, peft
+from jaxmem.data import control
 from jaxmem.data.batching import Buckets, collate
 from jaxmem.data.processor import Processor, load_processor
 from jaxmem.distributed.mesh import AXES, current, shardings
 from jaxmem.errors import ConfigError
 from jaxmem.memory.registry import memory as memory_module
+from jaxmem.memory.vismem import TYPES
 from jaxmem.model import Spec
 from jaxmem.sampling import generate as sampling
+from jaxmem.sampling.invoking import InvokeConfig
 from jaxmem.sampling.logits import SamplerConfig
+from jaxmem.sampling.slots import Slot, text_tokens
 
 _hidden_states = jax.jit(functions.hidden_states, static_argnames=("spec", "remat", "backward_from"))
 _logits = jax.jit(functions.logits, static_argnames="spec")
@@ -45,12 +49,14 @@ class Completion:
       tokens: ids, the stop token included.
       logprobs: of the tokens, at the sampling temperature, over the full vocabulary.
       stopped: False when the token limit cut the answer off.
+      events: what happened on the way, in order: (place among `tokens`, "short" or "long") of every invocation.
     """
 
     text: str
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     stopped: bool
+    events: tuple[tuple[int, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +87,11 @@ class Model:
         Raises:
           ConfigError: unknown memory or settings, settings that do not fit the backbone, a memory twice.
         """
+        if memory == "vismem":
+            settings = control.settings_for(self.processor.tokenizer, settings)
         config = memory_module(memory).create(self.spec.backbone, **settings) if isinstance(memory, str) else memory
         init = jax.jit(memory_module(config.name).init, static_argnums=1)
-        params = init(jax.random.key(0) if key is None else key, config)
+        params = init(jax.random.key(0) if key is None else key, config, self.base)
         return self._with(config, params)
 
     @property
@@ -107,6 +115,8 @@ class Model:
         module = memory_module(name)
         settings = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
         config = module.create(self.spec.backbone, **settings)
+        if name == "vismem":
+            control.check(self.processor.tokenizer, config)
         shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), config))
         return self._with(config, huggingface.load_memory(folder, config, self.spec.backbone, shapes))
 
@@ -177,6 +187,11 @@ class Model:
             "banned_tokens": self.spec.backbone.media_tokens,
             "pad_token": self.processor.pad_token,
         }
+        if isinstance(settings.get("invoke"), Mapping):
+            settings["invoke"] = configs.build(InvokeConfig, settings["invoke"], "invoke")
+        invoke = settings.get("invoke")
+        if invoke is not None and self.spec.vismem is None and invoke != InvokeConfig():
+            raise ConfigError("sampling.invoke is VisMem's, and the model has none; attach it, or leave invoke out")
         return SamplerConfig(**{**fixed, **settings})
 
     def generate(
@@ -211,14 +226,19 @@ class Model:
         batch = self.batch(chats, buckets=buckets)
         every = every or options.max_new_tokens
         for part in sampling.stream(self.spec, self.base, self.memory, batch, options, key, every):
-            yield [
-                self._completion(*row, options) for row in zip(part.tokens, part.logprobs, part.lengths, strict=True)
-            ]
+            rows = zip(part.tokens, part.logprobs, part.kinds, part.lengths, strict=True)
+            yield [self._completion(*row, options) for row in rows]
 
-    def _completion(self, tokens: Any, logprobs: Any, length: int, options: SamplerConfig) -> Completion:
-        ids = tuple(int(token) for token in tokens[:length])
+    def _completion(self, tokens: Any, logprobs: Any, kinds: Any, length: int, options: SamplerConfig) -> Completion:
+        kept = [slot for slot in range(length) if kinds[slot] != Slot.MEMORY]
+        ids = tuple(int(tokens[slot]) for slot in kept)
+        config, events = self.spec.vismem, []
+        if config is not None:
+            types = dict(zip(config.invoke_ids, TYPES, strict=True))
+            events = [(place, types[token]) for place, token in enumerate(ids) if token in types]
         stopped = bool(ids) and ids[-1] in options.stop_tokens
-        return Completion(self.processor.decode(ids), ids, tuple(float(p) for p in logprobs[:length]), stopped)
+        text = self.processor.decode(text_tokens(tokens, kinds, length))
+        return Completion(text, ids, tuple(float(logprobs[slot]) for slot in kept), stopped, tuple(events))
 
     def save(self, folder: str | Path) -> None:
         """Writes the attached memory (not the backbone) to a folder that `restore` and `load` read.

@@ -20,11 +20,13 @@ from jaxmem.backbones.layers import rms_normalise
 from jaxmem.backbones.ports import Ports, by_slot
 from jaxmem.backbones.registry import backbone
 from jaxmem.distributed.mesh import constrain
+from jaxmem.memory import vismem
 from jaxmem.memory.mlp_branch import MLPConfig
 from jaxmem.memory.pvm import PVMConfig
 from jaxmem.memory.registry import memory as memory_module
+from jaxmem.memory.vismem import VisMemConfig
 
-MemoryConfig = PVMConfig | MLPConfig
+MemoryConfig = PVMConfig | MLPConfig | VisMemConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,16 @@ class Spec:
     def first_port_layer(self) -> int:
         """The lowest decoder layer that a memory acts on: below it no gradient of a memory flows."""
         return min((layer for config in self.memories for layer in config.layers), default=0)
+
+    @property
+    def vismem(self) -> VisMemConfig | None:
+        """The memory that the model calls while it generates, if there is one."""
+        return next((config for config in self.memories if isinstance(config, VisMemConfig)), None)
+
+    @property
+    def vocab(self) -> int:
+        """Tokens that can be sampled: the backbone's rows, or the tokenizer's and VisMem's four."""
+        return self.backbone.text.vocab if self.vismem is None else self.vismem.vocab + 4
 
 
 @flax.struct.dataclass
@@ -59,10 +71,11 @@ class Prompt:
     own: Ports
 
 
-def init_memory(key: Array, spec: Spec) -> dict[str, Any]:
-    """Fresh memories, {name: parameters}: with gates at zero the model equals its backbone."""
+def init_memory(key: Array, spec: Spec, base: Any = None) -> dict[str, Any]:
+    """Fresh memories, {name: parameters}, for a backbone with the weights `base`, where known: with gates at zero the
+    model equals its backbone."""
     keys = jax.random.split(key, max(1, len(spec.memories)))
-    return {c.name: memory_module(c.name).init(k, c) for k, c in zip(keys, spec.memories, strict=False)}
+    return {c.name: memory_module(c.name).init(k, c, base) for k, c in zip(keys, spec.memories, strict=False)}
 
 
 def read_prompt(spec: Spec, base: Any, memory: Any, batch: Batch, start: Array | int = 0) -> Prompt:
@@ -182,8 +195,16 @@ def read(spec: Spec, base: Any, memory: Any, batch: Batch, *, remat: Remat = Fal
     states = dict(prompt.states)
     for name, kept in by_slot(ports, remembered).items():
         states[name] = memory_module(name).keep(states[name], kept)
+    if spec.vismem is not None:
+        states |= {spec.vismem.name: seen(spec, base, batch, prompt.x, x)}
     last = jnp.take_along_axis(x, last_places(batch)[:, None, None], axis=1)[:, 0]
     return Read(final_norm(spec, base, last), past, prompt.stream, states)
+
+
+def seen(spec: Spec, base: Any, batch: Batch, embedded: Array, x: Array) -> Any:
+    """What VisMem keeps of prompts: embeddings and outputs [B, T, D] of the decoder."""
+    assert spec.vismem is not None, "only VisMem looks at a prompt's last states"
+    return vismem.seen(spec.vismem, batch, embedded, final_norm(spec, base, x))
 
 
 def continuation_states(
@@ -208,15 +229,32 @@ def continuation_states(
     Returns:
       [B, G, N, D]; entry n is the state in front of token n, after the final norm.
     """
-    rows, group, new = tokens.shape
     prompt = read(spec, base, memory, batch, remat=remat, backward_from=backward_from)
+    x = embed_tokens(spec, base, memory, tokens)
+    return follow(spec, base, memory, batch, prompt, x, lengths, remat=remat, backward_from=backward_from)
+
+
+def follow(
+    spec: Spec,
+    base: Any,
+    memory: Any,
+    batch: Batch,
+    prompt: Read,
+    embedded: Array,
+    lengths: Array,
+    *,
+    remat: Remat = False,
+    backward_from: int = 0,
+) -> Array:
+    """`continuation_states` of prompts that were read, for continuations given as embeddings [B, G, N, D]."""
+    rows, group, new = embedded.shape[:3]
     stream = _continuing(batch, prompt.stream, lengths, new)
     behind = jnp.broadcast_to((next_position(batch)[:, None] + jnp.arange(new))[:, None], (rows, group, new))
     positions = jnp.broadcast_to(behind.reshape(rows, 1, -1), (rows, 3, group * new))
     x, _ = decoder.scan_layers(
         spec.backbone.text,
         base["layers"],
-        base["embed"][tokens.reshape(rows, -1)],
+        embedded.reshape(rows, group * new, -1),
         backbone(spec.backbone.model_type).rotary_angles(spec.backbone, positions),
         decoder.branching(prompt.stream, stream, group),
         past=prompt.past,
@@ -264,3 +302,21 @@ def unembedding(spec: Spec, base: Any) -> Array:
 def logits(spec: Spec, base: Any, hidden: Array) -> Array:
     """float32 [..., V] from normalised hidden states [..., D]; training computes them in chunks instead."""
     return jnp.einsum("...d,vd->...v", hidden, unembedding(spec, base), preferred_element_type=jnp.float32)
+
+
+def next_logits(spec: Spec, base: Any, memory: Any, hidden: Array) -> Array:
+    """`logits` of everything that can be sampled, [..., spec.vocab]: with VisMem its four tokens behind the
+    tokenizer's, and no rows that stand for no token."""
+    scores, config = logits(spec, base, hidden), spec.vismem
+    if config is None:
+        return scores
+    own = vismem.control_logits(config, memory[config.name], hidden)
+    return jnp.concatenate([scores[..., : config.vocab], own], axis=-1)
+
+
+def embed_tokens(spec: Spec, base: Any, memory: Any, tokens: Array) -> Array:
+    """Embeddings [..., D] of sampled tokens [...], VisMem's among them."""
+    config = spec.vismem
+    if config is None:
+        return base["embed"][tokens]
+    return vismem.embed(config, memory[config.name], base["embed"], tokens)

@@ -5,7 +5,7 @@ long row, completions of a group, and weights again) and `tensor` (heads and hid
 an axis that does not divide a dimension leaves it whole. Optimizer moments and gradients follow their weights, since
 their paths end alike.
 
-What stays whole on every device, because it is small: norms, biases and gates (below 0.6 MB a leaf at 8B), the maps to
+What stays whole on every device, because it is small: norms, biases and gates (below 0.7 MB a leaf at 8B), the maps to
 PVM's one key head (0.8 MB), step counters and random keys.
 """
 
@@ -39,10 +39,13 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers/.*/lora_b", P(None, None, PIECES)),
     (r"visual/patch_embed/kernel", P(PIECES, "tensor")),
     (r"visual/position_table", P(None, PIECES)),
-    (r"visual/(blocks|deepstack)/.*(qkv|fc1)/kernel", P(None, PIECES, "tensor")),
-    (r"visual/(blocks|deepstack)/.*(proj|fc2)/kernel", P(None, "tensor", PIECES)),
+    (r"visual/(blocks|deepstack)/.*(qkv|fc1|gate|up)/kernel", P(None, PIECES, "tensor")),
+    (r"visual/(blocks|deepstack)/.*(proj|fc2|down)/kernel", P(None, "tensor", PIECES)),
     (r"visual/merger/fc1/kernel", P(PIECES, "tensor")),
     (r"visual/merger/fc2/kernel", P("tensor", PIECES)),
+    (r"query_builder/layers/.*fc1/kernel", P(None, PIECES, "tensor")),
+    (r"query_builder/layers/.*fc2/kernel", P(None, "tensor", PIECES)),
+    (r"query_builder/pos_emb", P(None, PIECES)),
     # PVM: the one key head of the large sizes cannot be cut, so its maps are cut over the width alone.
     (r"(text_reducer|vision_reducer)/kernel", P(None, PIECES, None)),
     (r"output_expander/kernel", P(None, None, PIECES)),

@@ -106,8 +106,8 @@ class MLPBranch(nn.Module):
         return (gate * (rms_normalise(out, c.norm_eps) if c.output_norm else out)).astype(x.dtype)
 
 
-def init(key: Array, config: MLPConfig) -> Any:
-    """Fresh parameters, stacked over the layers."""
+def init(key: Array, config: MLPConfig, base: Any = None) -> Any:
+    """Fresh parameters, stacked over the layers; they do not depend on the backbone's weights, `base`."""
     one = lambda k: MLPBranch(config).init(k, jnp.zeros((1, 1, config.width)))["params"]  # noqa: E731
     return jax.vmap(one)(jax.random.split(key, len(config.layers)))
 
@@ -118,6 +118,10 @@ def prepare(config: MLPConfig, params: Any, visual: Array | None, rows: Array, s
 
 def append(old: None, new: None) -> None:
     """Nothing joined to nothing."""
+
+
+def take(state: None, rows: Array) -> None:
+    """Nothing of some rows."""
 
 
 def ports(config: MLPConfig, params: Any, state: None, stream: Stream, dropout: Array | None = None) -> Ports:

@@ -239,8 +239,10 @@ class PVMState:
     segments: Array
 
 
-def init(key: Array, config: PVMConfig) -> Any:
+def init(key: Array, config: PVMConfig, base: Any = None) -> Any:
     """Fresh parameters, stacked over the layers: maps N(0, 0.02^2) (or fan-in), norms 1, gates as configured.
+
+    They do not depend on the backbone's weights, `base`.
 
     With the output map at zero as well the branch would be dead: every gradient carries the gate (arXiv 2605.00814).
     """
@@ -292,6 +294,14 @@ def append(old: PVMState | None, new: PVMState | None) -> PVMState | None:
         join(1)(old.order, new.order),
         join(1)(old.segments, new.segments),
     )
+
+
+def take(state: PVMState | None, rows: Array) -> PVMState | None:
+    """The memory of some rows [W] of the batch."""
+    if state is None:
+        return None
+    keys, values = jax.tree.map(lambda leaf: leaf[:, rows], (state.keys, state.values))
+    return PVMState(keys, values, state.order[rows], state.segments[rows])
 
 
 def keep(state: PVMState, kept: tuple[Array, Array]) -> PVMState:

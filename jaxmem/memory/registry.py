@@ -1,13 +1,13 @@
-"""Which module is which memory. A memory module offers create, init, prepare, append and ports (see `pvm`)."""
+"""Which module is which memory. A memory module offers create, init, prepare, append, take and ports (see `pvm`)."""
 
 from __future__ import annotations
 
 from types import ModuleType
 
 from jaxmem.errors import ConfigError
-from jaxmem.memory import mlp_branch, pvm
+from jaxmem.memory import mlp_branch, pvm, vismem
 
-MEMORIES: dict[str, ModuleType] = {"pvm": pvm, "mlp": mlp_branch}
+MEMORIES: dict[str, ModuleType] = {"pvm": pvm, "mlp": mlp_branch, "vismem": vismem}
 
 
 def memory(name: str) -> ModuleType:

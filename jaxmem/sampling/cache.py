@@ -1,7 +1,8 @@
 """The key-value cache, and the forward pass that reads and extends it.
 
 A cache has a trunk, the prompts, of which one copy exists, and a tail for each of the G continuations of a prompt. All
-continuations take one slot per step, so a step writes one column. While decoding, the members of a group stand where
+continuations take one slot per step, so a step writes one column; the first columns may be reserved for memories that
+are inserted (`jaxmem.sampling.insertion`). While decoding, the members of a group stand where
 the tokens of a prompt stand, on the axis T = G; memories need not know.
 Axis letters: B prompts, G continuations of each, T tokens, S slots of the trunk, N slots of a tail, K key heads,
 H head width, D model width.
@@ -24,7 +25,17 @@ from jaxmem.backbones.layers import Look, attend, attend_branches
 from jaxmem.distributed.mesh import constrain
 from jaxmem.errors import DataError
 from jaxmem.memory.registry import memory as memory_module
-from jaxmem.model import Spec, final_norm, last_places, memory_ports, next_position, read, read_prompt
+from jaxmem.model import (
+    Spec,
+    embed_tokens,
+    final_norm,
+    last_places,
+    memory_ports,
+    next_position,
+    read,
+    read_prompt,
+    seen,
+)
 
 
 @flax.struct.dataclass
@@ -105,15 +116,17 @@ def prefill(spec: Spec, base: Any, memory: Any, batch: Batch, size: int) -> tupl
     return prompt.last, cache
 
 
-def fork(cache: Cache, group: int, new: int) -> Cache:
-    """The cache with empty tails: `group` continuations per prompt of up to `new` tokens each."""
-    rows = len(cache.length)
+def fork(cache: Cache, group: int, new: int, reserved: int = 0) -> Cache:
+    """The cache with empty tails: `group` continuations per prompt of up to `new` tokens each, behind `reserved`
+    columns that steps do not write."""
+    rows, size = len(cache.length), reserved + new
 
     def empty(leaf: Array) -> Array:
-        return constrain(jnp.zeros((rows, group, leaf.shape[1], new, leaf.shape[3]), leaf.dtype), "branch_keys")
+        return constrain(jnp.zeros((rows, group, leaf.shape[1], size, leaf.shape[3]), leaf.dtype), "branch_keys")
 
     layers = jax.tree.map(empty, cache.layers)
-    return dataclasses.replace(cache, tail=Tail(layers, jnp.zeros((rows, group, new), jnp.int32), jnp.int32(0)))
+    segments = jnp.zeros((rows, group, size), jnp.int32)
+    return dataclasses.replace(cache, tail=Tail(layers, segments, jnp.int32(reserved)))
 
 
 def _at(x: Array, places: Array) -> Array:
@@ -173,6 +186,9 @@ def extend(spec: Spec, base: Any, memory: Any, cache: Cache, batch: Batch) -> tu
         [look(old) for old in cache.layers],
         ports=prompt.own + memory_ports(spec, memory, states, prompt.stream),
     )
+    if spec.vismem is not None:
+        name = spec.vismem.name
+        states[name] = memory_module(name).append(cache.states[name], seen(spec, base, batch, prompt.x, x))
     places = last_places(batch)
     cache = dataclasses.replace(
         cache, layers=layers, stream=stream, length=start + places + 1, position=next_position(batch), states=states
@@ -188,6 +204,7 @@ def step(
     cache: Cache,
     tokens: Array,
     active: Array,
+    place: Array,
     angle_of: Callable[[Array], Array],
 ) -> tuple[Array, Cache]:
     """One generated token per continuation.
@@ -197,6 +214,7 @@ def step(
       base, memory: the two trees; `layers` are the decoder's, unstacked.
       cache: forked, with a free slot in its tails.
       tokens: [B, G] ids; continuations that are not `active` [B, G] are computed and forgotten, for good.
+      place: [B, G] slots of each continuation in front of the token.
       angle_of: positions [B, 3, G] -> rotary angles.
 
     Returns:
@@ -205,9 +223,8 @@ def step(
     tail = cache.tail
     assert tail is not None, "fork the cache before the first step"
     index = tail.index
-    here = jnp.broadcast_to(index, tokens.shape)
     segments = jnp.where(active, cache.segment[:, None], 0)
-    stream = Stream(cache.length[:, None] + here, segments, jnp.zeros_like(active), cache.stream.blind)
+    stream = Stream(cache.length[:, None] + place, segments, jnp.zeros_like(active), cache.stream.blind)
     written = jax.lax.dynamic_update_slice_in_dim(tail.segments, segments[..., None], index, axis=2)
     trunk_mask = decoder.visible(stream, cache.stream)[:, :, None]
     own_mask = ((written == segments[..., None]) & (segments > 0)[..., None])[:, :, None]
@@ -222,11 +239,11 @@ def step(
 
         return write_and_look
 
-    positions = jnp.broadcast_to((cache.position[:, None] + here)[:, None], (len(tokens), 3, tokens.shape[1]))
+    positions = jnp.broadcast_to((cache.position[:, None] + place)[:, None], (len(tokens), 3, tokens.shape[1]))
     x, kept = decoder.loop_layers(
         spec.backbone.text,
         layers,
-        base["embed"][tokens],
+        embed_tokens(spec, base, memory, tokens),
         angle_of(positions),
         [look(*pair) for pair in zip(cache.layers, tail.layers, strict=True)],
         ports=memory_ports(spec, memory, cache.states, stream),

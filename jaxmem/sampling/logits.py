@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxmem.backbones.batch import Array
 from jaxmem.errors import ConfigError
+from jaxmem.sampling.invoking import InvokeConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class SamplerConfig:
       banned_tokens: ids that are never sampled: media placeholders belong to prompts alone.
       pad_token: what stands behind a row's end.
       cache_size: slots of the cache; None makes it as large as prompt and answer need.
+      invoke: how memories are called for, of a model that has VisMem. Their slots count in `max_new_tokens`.
     """
 
     max_new_tokens: int = 256
@@ -41,6 +43,7 @@ class SamplerConfig:
     banned_tokens: tuple[int, ...] = ()
     pad_token: int = 0
     cache_size: int | None = None
+    invoke: InvokeConfig = InvokeConfig()
 
     def __post_init__(self) -> None:
         faults = {
@@ -90,8 +93,8 @@ def draw(settings: SamplerConfig, keys: Array, logits: Array, seen: Array | None
       seen: [B, V] bool tokens that the penalty concerns; None without a penalty.
 
     Returns:
-      tokens [B] int32 and their log-probabilities [B] float32 over the full vocabulary at the sampling temperature
-      (at 1 for greedy), before any filter: what a trainer's forward gives for the same token.
+      tokens [B] int32 and their log-probabilities [B] float32 over all logits that are not -inf at the sampling
+      temperature (at 1 for greedy), before any filter: what a trainer's forward gives for the same token.
     """
     scale = settings.temperature or 1.0
     scores = logits if seen is None else penalise(logits, seen, settings.repetition_penalty)

@@ -6,26 +6,16 @@ Axis letters: B prompts, G completions of each, N new tokens.
 
 from __future__ import annotations
 
-import enum
 from typing import Any
 
 import flax.struct
-import numpy as np
+import jax.numpy as jnp
 
 from jaxmem.backbones.batch import Array, Batch
 from jaxmem.distributed import hosts
 from jaxmem.model import Spec
 from jaxmem.sampling.generate import states
 from jaxmem.sampling.logits import SamplerConfig
-
-
-class Slot(enum.IntEnum):
-    """What a slot of a completion holds, and so whether the policy answers for it: only sampled text has a ratio."""
-
-    EMPTY = 0
-    TEXT = 1
-    FORCED = 2
-    MEMORY = 3
 
 
 @flax.struct.dataclass
@@ -39,6 +29,9 @@ class Rollout:
       kinds: [B, G, N] int8, a `Slot` each.
       lengths: [B, G] int32 slots in use, the stop token included.
       truncated: [B, G] bool, the limit came before a stop token.
+      permits: [B, G, N] int8, bits 0 and 1: could a short, a long invocation be sampled in this slot? None without
+        VisMem, or where it is off.
+      memories: [B, G, I, M, D] float32 vectors that were inserted, by invocation; None likewise.
     """
 
     tokens: Array
@@ -46,6 +39,8 @@ class Rollout:
     kinds: Array
     lengths: Array
     truncated: Array
+    permits: Array | None = None
+    memories: Array | None = None
 
 
 def rollout(
@@ -64,7 +59,8 @@ def rollout(
       DataError: prompt and completion do not fit into the backbone's positions.
     """
     *_, last = states(spec, base, memory, batch, settings, key, group)
-    tokens, lengths, logprobs, done = hosts.fetch((last.tokens, last.count, last.logprobs, last.done))
-    sampled = np.arange(tokens.shape[2]) < lengths[..., None]
-    kinds = np.where(sampled, np.int8(Slot.TEXT), np.int8(Slot.EMPTY))
-    return Rollout(tokens, logprobs, kinds, lengths, ~done)
+    inserted = last.insertions
+    own = None if inserted is None else (inserted.permits, inserted.memories.astype(jnp.float32))
+    found, own = hosts.fetch(((last.tokens, last.logprobs, last.kinds, last.count, last.done), own))
+    tokens, logprobs, kinds, lengths, done = found
+    return Rollout(tokens, logprobs, kinds, lengths, ~done, *(own or ()))

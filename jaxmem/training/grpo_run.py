@@ -21,7 +21,7 @@ from jaxmem.data.pipeline import Pipeline, Rows, blind_rows
 from jaxmem.distributed import hosts
 from jaxmem.distributed.mesh import constrain_weights
 from jaxmem.sampling.logits import SamplerConfig
-from jaxmem.sampling.rollout import Slot
+from jaxmem.sampling.slots import Slot
 from jaxmem.training import descent, grpo, grpo_metrics, loop, trees
 from jaxmem.training.advantages import Advantages, advantages
 from jaxmem.training.descent import Metrics, TrainState

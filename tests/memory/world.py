@@ -172,7 +172,9 @@ def decode_step(spec: Spec, base: Any, memory: Any, kept: Any, tokens: Any, acti
     """One token per row through the cache."""
     layers = decoder.unstack(base["layers"], spec.backbone.text.layers)
     angle_of = functools.partial(qwen3_vl.rotary_angles, spec.backbone)
-    states, kept = cache.step(spec, base, layers, memory, kept, tokens[:, None], active[:, None], angle_of)
+    tokens, active = tokens[:, None], active[:, None]
+    place = jnp.broadcast_to(kept.tail.index, tokens.shape)
+    states, kept = cache.step(spec, base, layers, memory, kept, tokens, active, place, angle_of)
     return states[:, 0], kept
 
 

@@ -12,7 +12,8 @@ import pytest
 
 import jaxmem
 from jaxmem.data.batching import Buckets
-from jaxmem.sampling.rollout import Rollout, Slot, rollout
+from jaxmem.sampling.rollout import Rollout, rollout
+from jaxmem.sampling.slots import Slot
 from jaxmem.training import grpo
 from tests.backbones.prompts import PROMPTS
 from tests.helpers import write_tokenizer

@@ -1,0 +1,143 @@
+"""Recorded continuations with memories, as a training forward sees them: embeddings by slot, and what each memory was
+formed of.
+
+Axis letters: B prompts, G continuations of each, N slots, I memories of a continuation, M vectors of the longer memory,
+Z text states of one memory, D model width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmem.backbones.batch import Array
+from jaxmem.backbones.decoder import Remat
+from jaxmem.memory import former
+from jaxmem.memory.former import Seen
+from jaxmem.memory.vismem import VisMemConfig
+from jaxmem.model import Read, Spec, embed_tokens
+from jaxmem.sampling.slots import Slot
+
+
+@flax.struct.dataclass
+class Spliced:
+    """Where the memories of recorded continuations stand (numpy, made on the host).
+
+    Attributes:
+      place: [B, G, N] int32: i * M + j for vector j of memory i, -1 for a slot with a token.
+      types: [B, G, I] int32 of the memory that was formed: 0 short, 1 long, -1 where there is none.
+      text: [B, G, I, Z] int32: the state in front of this slot belongs to the text that memory i is formed of; -1
+        fills up on the left. The state behind a slot is the one in front of the next.
+      control: [B, G, N, 4] bool, which control tokens could be sampled in a slot.
+    """
+
+    place: np.ndarray
+    types: np.ndarray
+    text: np.ndarray
+    control: np.ndarray
+
+
+def locate(config: VisMemConfig, tokens: np.ndarray, kinds: np.ndarray, permits: np.ndarray, most: int) -> Spliced:
+    """Reads recorded slots.
+
+    Args:
+      config: static.
+      tokens, kinds, permits: [B, G, N] of a rollout.
+      most: memories of a continuation that there is room for, I.
+
+    Returns:
+      Spliced, with Z a power of 4 times 16 that holds the longest text, at most `text_cap`.
+    """
+    rows, group, slots = kinds.shape
+    place = np.full(kinds.shape, -1, np.int32)
+    types = np.full((rows, group, most), -1, np.int32)
+    spans: dict[tuple[int, int, int], tuple[int, int]] = {}
+    for row, member in np.argwhere((kinds == Slot.MEMORY).any(axis=-1)):
+        _locate_one(config, tokens[row, member], kinds[row, member], place[row, member], types[row, member])
+        ends = np.flatnonzero(kinds[row, member] == Slot.END)
+        first = 0
+        for nth, end in enumerate(ends):
+            vectors = config.sizes[types[row, member, nth]]
+            spans[row, member, nth] = (first, int(end) - vectors)  # the state behind the invocation token, too
+            first = int(end) + 1
+    longest = max((last - first + 1 for first, last in spans.values()), default=1)
+    size = 16
+    while size < longest:
+        size *= 4
+    size = min(size, config.text_cap)
+    text = np.full((rows, group, most, size), -1, np.int32)
+    for where, (first, last) in spans.items():
+        states = np.arange(max(first, last - size + 1), last + 1)
+        text[where][size - len(states) :] = states
+    control = np.zeros((rows, group, slots, 4), bool)
+    control[..., 0], control[..., 2] = permits & 1, permits & 2
+    return Spliced(place, types, text, control)
+
+
+def _locate_one(
+    config: VisMemConfig, tokens: np.ndarray, kinds: np.ndarray, place: np.ndarray, types: np.ndarray
+) -> None:
+    """Fills in place [N] and types [I] of one continuation."""
+    nth, within = 0, 0
+    for slot in range(len(kinds)):
+        if kinds[slot] == Slot.MEMORY:
+            place[slot] = nth * config.longest + within
+            within += 1
+        elif kinds[slot] == Slot.END:
+            types[nth] = config.end_ids.index(int(tokens[slot]))
+            nth, within = nth + 1, 0
+
+
+def embeddings(spec: Spec, base: Any, memory: Any, tokens: Array, memories: Array, place: Array) -> Array:
+    """[B, G, N, D]: tokens [B, G, N] embedded, and memories [B, G, I, M, D] in their places."""
+    x = embed_tokens(spec, base, memory, jnp.asarray(tokens))
+    flat = memories.reshape(*memories.shape[:2], -1, memories.shape[-1]).astype(x.dtype)
+    place = jnp.asarray(place)
+    vectors = jnp.take_along_axis(flat, jnp.maximum(place, 0)[..., None], axis=2)
+    return jnp.where((place >= 0)[..., None], vectors, x)
+
+
+def formed(
+    spec: Spec, base: Any, memory: Any, prompt: Read, states: Array, spliced: Spliced, *, remat: Remat = "full"
+) -> Array:
+    """All memories again, from the states that they were formed of.
+
+    Args:
+      spec, base, memory: as everywhere; gradients flow into VisMem's parameters.
+      prompt: of `model.read`.
+      states: [B, G, N, D] in front of the slots, computed with the memories as they were recorded.
+      spliced: of `locate`.
+      remat: what of a layer a backward pass recomputes.
+
+    Returns:
+      [B, G, I, M, D]; zeros where there is no memory.
+    """
+    config = spec.vismem
+    assert config is not None, "memories are VisMem's"
+    rows, group, most = spliced.types.shape
+    visual = prompt.states[config.name]
+    each = jax.tree.map(lambda leaf: jnp.repeat(leaf, group, axis=0), visual)
+    flat = states.reshape(rows * group, *states.shape[2:])
+
+    def one(piece: tuple[Array, Array]) -> Array:
+        kind, index = (leaf.reshape(rows * group, *leaf.shape[2:]) for leaf in piece)
+
+        def form() -> Array:
+            valid = index >= 0
+            found = jnp.take_along_axis(flat, jnp.maximum(index, 0)[..., None], axis=1)
+            text = Seen(jnp.where(valid[..., None], found, 0), valid)
+            made = former.form(
+                config, spec.backbone, base, memory[config.name], each, text, jnp.maximum(kind, 0), remat=remat
+            )
+            return jnp.where((kind >= 0)[:, None, None], made, 0)
+
+        nothing = jnp.zeros((rows * group, config.longest, config.width), states.dtype)
+        return jax.lax.cond((kind >= 0).any(), form, lambda: nothing)
+
+    pieces = jnp.moveaxis(jnp.asarray(spliced.types), 2, 0), jnp.moveaxis(jnp.asarray(spliced.text), 2, 0)
+    made = jax.lax.map(jax.checkpoint(one), pieces)
+    return jnp.moveaxis(made.reshape(most, rows, group, config.longest, -1), 0, 2)
