@@ -60,6 +60,36 @@ def write_tokenizer(folder: str | Path, vocab_size: int = 512, **preprocessor: A
     return ids
 
 
+QWEN2_TEMPLATE = """{#- Qwen2-VL's format: a system turn by default, media as one placeholder each. -#}
+{%- if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' ~ message.role ~ '\n' }}
+    {%- for part in ([{'type': 'text', 'text': message.content}] if message.content is string else message.content) %}
+        {%- if part.type == 'text' %}{{ part.text }}
+        {%- else %}{{ '<|vision_start|><|' ~ part.type ~ '_pad|><|vision_end|>' }}{% endif %}
+    {%- endfor %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}
+"""
+QWEN2_PIXELS = {  # a released preprocessor_config.json, with a pixel range that suits small test images
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "size": {},
+    "min_pixels": 28 * 28,
+    "max_pixels": 256 * 256,
+    "patch_size": 14,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+
+
+def write_qwen2_tokenizer(folder: str | Path, **preprocessor: Any) -> dict[str, int]:
+    """The same with the chat template and the image settings of Qwen2-VL and Qwen2.5-VL."""
+    ids = write_tokenizer(folder, **(QWEN2_PIXELS | preprocessor))
+    (Path(folder) / "chat_template.jinja").write_text(QWEN2_TEMPLATE, encoding="utf-8")
+    return ids
+
+
 def _bpe(size: int) -> tokenizers.Tokenizer:
     """A byte-level BPE of exactly `size` tokens, trained on a fixed text."""
     tokenizer = tokenizers.Tokenizer(models.BPE())

@@ -1,4 +1,4 @@
-"""A tiny random Qwen3-VL in a Hugging Face folder, made by transformers itself: the oracle of the parity tests."""
+"""Tiny random Qwen-VLs in Hugging Face folders, made by transformers itself: the oracle of the parity tests."""
 
 from __future__ import annotations
 
@@ -28,6 +28,17 @@ VISION = {
     "temporal_patch_size": 2,
     "num_position_embeddings": 64,
     "deepstack_visual_indexes": [0, 2],
+}
+QWEN2_VISION = {"depth": 3, "embed_dim": 32, "mlp_ratio": 2, "num_heads": 4, "patch_size": 14}
+QWEN2_5_VISION = {
+    "depth": 4,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_heads": 4,
+    "patch_size": 14,
+    "window_size": 112,
+    "fullatt_block_indexes": [1, 3],
+    "tokens_per_second": 2,
 }
 TOKENS = {"image_token_id": 500, "video_token_id": 501, "vision_start_token_id": 502, "vision_end_token_id": 503}
 
@@ -61,7 +72,52 @@ def write_qwen3_vl(
       The torch model that was saved, in eval mode.
     """
     config = _config(tied, layers, dict(overrides))
-    model = transformers.Qwen3VLForConditionalGeneration(config).eval()
+    return _save(transformers.Qwen3VLForConditionalGeneration(config), folder, dtype, seed, max_shard_size)
+
+
+def write_qwen2_vl(folder: str | Path, **settings: Any) -> transformers.Qwen2VLForConditionalGeneration:
+    """The same for Qwen2-VL; token ids, `tied`, `layers`, `dtype`, `seed`, `max_shard_size` and overrides as above."""
+    return _write_qwen2("Qwen2VL", QWEN2_VISION, "hidden_size", folder, **settings)
+
+
+def write_qwen2_5_vl(folder: str | Path, **settings: Any) -> transformers.Qwen2_5_VLForConditionalGeneration:
+    """The same for Qwen2.5-VL, whose attention windows are 4 x 4 visual tokens."""
+    return _write_qwen2("Qwen2_5_VL", QWEN2_5_VISION, "out_hidden_size", folder, **settings)
+
+
+def _write_qwen2(
+    family: str,
+    vision: dict[str, Any],
+    output: str,
+    folder: str | Path,
+    *,
+    tied: bool = False,
+    layers: int = 2,
+    dtype: str = "float32",
+    seed: int = 0,
+    max_shard_size: str | int | None = None,
+    **overrides: Any,
+) -> Any:
+    """A folder of one of the two families with a Qwen2 decoder; `output` names the tower's output width."""
+    rope = {"rope_type": "default", "rope_theta": overrides.pop("rope_theta", 1e6)}
+    rope["mrope_section"] = list(overrides.pop("mrope_section", (2, 3, 3)))
+    tokens = {name: overrides.pop(name, default) for name, default in TOKENS.items()}
+    seen = {key.removeprefix("vision_"): overrides.pop(key) for key in list(overrides) if key.startswith("vision_")}
+    text = {key: value for key, value in TEXT.items() if key != "head_dim"} | overrides
+    text |= {"num_hidden_layers": layers, "rope_parameters": rope, "bos_token_id": 506, "eos_token_id": 505}
+    config = getattr(transformers, f"{family}Config")(
+        text_config=text,
+        vision_config=vision | {output: text["hidden_size"]} | seen,
+        tie_word_embeddings=tied,
+        **tokens,
+    )
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+    return _save(model, folder, dtype, seed, max_shard_size)
+
+
+def _save(model: Any, folder: str | Path, dtype: str, seed: int, max_shard_size: str | int | None) -> Any:
+    """The model in eval mode with every parameter random, saved."""
+    model.eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

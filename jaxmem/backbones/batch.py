@@ -30,8 +30,10 @@ class Batch:
       patches: [B, P, C] flattened pixels, C = channels * temporal_patch * patch * patch; P may be 0.
       patch_segments: [B, P] int32, 0 for padding, 1.. one number per frame: attention stays within a frame.
       patch_coords: [B, P, 2] int32 (row, column) of the patch in its frame, for the 2-D rotary embedding.
-      patch_table: [B, P, 4] int32 rows of the learned position table that surround the patch.
+      patch_table: [B, P, 4] int32 rows of the learned position table that surround the patch; zero without a table.
       patch_weights: [B, P, 4] float32 bilinear weights of those rows; zero for padding.
+      patch_windows: [B, P] int32, 0 for padding, 1.. one number per attention window of a frame; None for a tower
+        without windows.
     """
 
     tokens: Array
@@ -45,6 +47,7 @@ class Batch:
     patch_coords: Array
     patch_table: Array
     patch_weights: Array
+    patch_windows: Array | None = None
 
     @property
     def is_visual(self) -> Array:

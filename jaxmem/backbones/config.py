@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from jaxmem.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower (of Qwen3-VL). Sizes in elements, `taps` are 0-based block indices."""
+    """A vision tower of the Qwen-VL family. Sizes in elements, blocks are counted from 0.
+
+    Attributes:
+      taps: blocks whose outputs enter the decoder as DeepStack features; none before Qwen3-VL.
+      table_side: the learned position table has table_side^2 rows; 0 for a tower without one.
+      norm: "layer" with scale and bias, or "rms".
+      mlp: of a block: fc2(act(fc1(x))) with tanh-GELU or x * sigmoid(1.702 x), or down(silu(gate(x)) * up(x)).
+      patch_bias: does the patch embedding have a bias?
+      window: side of an attention window in visual tokens; 0 lets every block look at whole frames.
+      full_blocks: with windows, the blocks that look at whole frames all the same.
+    """
 
     depth: int
     width: int
     mlp_width: int
     heads: int
     out_width: int
-    taps: tuple[int, ...]
+    taps: tuple[int, ...] = ()
     patch_size: int = 16
     temporal_patch_size: int = 2
     merge_size: int = 2
@@ -26,6 +36,11 @@ class VisionConfig:
     table_side: int = 48
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
+    norm: Literal["layer", "rms"] = "layer"
+    mlp: Literal["gelu_tanh", "quick_gelu", "swiglu"] = "gelu_tanh"
+    patch_bias: bool = True
+    window: int = 0
+    full_blocks: tuple[int, ...] = ()
 
     @property
     def head_dim(self) -> int:
@@ -42,10 +57,22 @@ class VisionConfig:
         """Patches that become one visual token."""
         return self.merge_size**2
 
+    @property
+    def window_patches(self) -> int:
+        """Patches of a whole attention window."""
+        return self.window**2 * self.merge_unit
+
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The decoder (of Qwen3-VL)."""
+    """A decoder of the Qwen family.
+
+    Attributes:
+      rope_section: frequencies that follow time, height and width.
+      rope_interleaved: they alternate (Qwen3-VL), or stand in three runs (Qwen2-VL).
+      qk_norm: queries and keys are normalised per head.
+      qkv_bias: the maps to queries, keys and values have biases.
+    """
 
     layers: int
     width: int
@@ -59,11 +86,20 @@ class TextConfig:
     rope_section: tuple[int, int, int] = (24, 20, 20)
     max_positions: int = 262_144
     tied: bool = False
+    rope_interleaved: bool = True
+    qk_norm: bool = True
+    qkv_bias: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
-    """A vision-language backbone: two towers and the token ids that join them."""
+    """A vision-language backbone: two towers and the token ids that join them.
+
+    Attributes:
+      timed_video: each temporal patch of a video is an image of its own behind a text that says its time (Qwen3-VL);
+        else a video is one run of placeholders.
+      positions_per_second: temporal positions of one second of such a run; None counts temporal patches.
+    """
 
     model_type: str
     text: TextConfig
@@ -72,6 +108,8 @@ class BackboneConfig:
     video_token: int
     vision_start_token: int
     vision_end_token: int
+    timed_video: bool = True
+    positions_per_second: float | None = None
 
     @property
     def media_tokens(self) -> tuple[int, ...]:

@@ -152,7 +152,8 @@ class DecoderLayer(nn.Module):
         branches(ffn, residual, normed) -> the FFN's output with the branches added, and what they keep.
         """
         c = self.config
-        attention = Attention(c.heads, c.kv_heads, c.head_dim, c.norm_eps, name="attention")
+        eps = c.norm_eps if c.qk_norm else None
+        attention = Attention(c.heads, c.kv_heads, c.head_dim, eps, c.qkv_bias, name="attention")
         attended, kept = attention(RMSNorm(c.norm_eps, name="attention_norm")(x), angle, look)
         x = x + attended
         normed = RMSNorm(c.norm_eps, name="ffn_norm")(x)

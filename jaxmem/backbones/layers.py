@@ -60,15 +60,16 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), bias-free: [..., D] -> [..., D]."""
+    """down(silu(gate(x)) * up(x)): [..., D] -> [..., D]."""
 
     width: int
     kernel_init: Callable = WEIGHT
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[..., D] -> [..., D]."""
-        linear = lambda features, name: Linear(features, kernel_init=self.kernel_init, name=name)  # noqa: E731
+        linear = lambda features, name: Linear(features, self.use_bias, self.kernel_init, name=name)  # noqa: E731
         gate, up = linear(self.width, "gate")(x), linear(self.width, "up")(x)
         return linear(x.shape[-1], "down")(jax.nn.silu(gate) * up)
 
@@ -174,21 +175,31 @@ Look = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with normalised queries and keys (Qwen3)."""
+    """Grouped-query attention, with normalised queries and keys (Qwen3) or biased queries, keys and values (Qwen2).
+
+    Attributes:
+      eps: of the norms of queries and keys; None leaves them as they are.
+      use_bias: of the maps to queries, keys and values; the map back has none.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
-    eps: float
+    eps: float | None
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Array, angle: Array, look: Look) -> tuple[Array, Any]:
         """x [B, T, D], angle [B, T, H/2] -> output [B, T, D] and what `look` keeps."""
 
         def split(name: str, heads: int) -> Array:
-            return Linear(heads * self.head_dim, name=name)(x).reshape(*x.shape[:2], heads, self.head_dim)
+            features = Linear(heads * self.head_dim, self.use_bias, name=name)(x)
+            return features.reshape(*x.shape[:2], heads, self.head_dim)
 
-        query = rotate(RMSNorm(self.eps, name="q_norm")(split("q", self.heads)), angle)
-        key = rotate(RMSNorm(self.eps, name="k_norm")(split("k", self.kv_heads)), angle)
+        def turned(name: str, heads: int) -> Array:
+            found = split(name, heads)
+            return rotate(found if self.eps is None else RMSNorm(self.eps, name=f"{name}_norm")(found), angle)
+
+        query, key = turned("q", self.heads), turned("k", self.kv_heads)
         found, kept = look(query, key, split("v", self.kv_heads))
         return Linear(x.shape[-1], name="o")(found), kept

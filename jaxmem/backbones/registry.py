@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from jaxmem.backbones import qwen3_vl
+from jaxmem.backbones import qwen2_5_vl, qwen2_vl, qwen3_vl
 from jaxmem.backbones.config import BackboneConfig
 from jaxmem.errors import ConfigError
 
-BACKBONES: dict[str, ModuleType] = {qwen3_vl.MODEL_TYPE: qwen3_vl}
+BACKBONES: dict[str, ModuleType] = {lib.MODEL_TYPE: lib for lib in (qwen2_vl, qwen2_5_vl, qwen3_vl)}
 
 
 def backbone(model_type: str) -> ModuleType:
-    """The module with a backbone's functions (see `qwen3_vl`).
+    """The module with a backbone's functions (see `qwen`).
 
     Raises:
       ConfigError: no such backbone; the message lists those there are.

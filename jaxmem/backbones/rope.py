@@ -25,6 +25,11 @@ def interleaved_axes(section: Sequence[int]) -> tuple[int, ...]:
     return tuple(axes)
 
 
+def sectioned_axes(section: Sequence[int]) -> tuple[int, ...]:
+    """The same for M-RoPE in three runs: t ... t h ... h w ... w (Qwen2-VL, Qwen2.5-VL)."""
+    return tuple(axis for axis, count in enumerate(section) for _ in range(count))
+
+
 def angles(positions: Array, frequency_axes: Sequence[int], theta: float) -> Array:
     """Rotation angles of every token.
 

@@ -1,10 +1,11 @@
-"""The Qwen3-VL vision tower: patches in, merged visual rows and DeepStack features out.
+"""The vision towers of the Qwen-VL family: patches in, merged visual rows (and DeepStack features) out.
 
 Axis letters: B rows, P patches, C pixels per patch, W tower width, M = P / merge^2 merged rows, D decoder width.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,9 @@ import jax.numpy as jnp
 
 from jaxmem.backbones.batch import Array, Batch
 from jaxmem.backbones.config import VisionConfig
-from jaxmem.backbones.layers import Linear, attend, row_blocks
+from jaxmem.backbones.layers import Linear, RMSNorm, SwiGLU, attend, row_blocks
 from jaxmem.backbones.rope import angles, rotate
+from jaxmem.backbones.windows import attend_in_windows, by_window, reorder
 from jaxmem.distributed.mesh import constrain
 
 
@@ -33,37 +35,47 @@ class Visual:
     deepstack: Array
 
 
-def _norm(config: VisionConfig, name: str) -> nn.LayerNorm:
-    """LayerNorm with a two-pass variance: the one-pass form loses digits where the mean is large."""
+Among = Callable[[Array, Array, Array], Array]
+"""How a block's patches look at each other: (query, key, value), [B, P, heads, head_dim] each -> [B, P, W]."""
+
+_ACTS: dict[str, Callable[[Array], Array]] = {
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+
+
+def _norm(config: VisionConfig, name: str) -> nn.Module:
+    """LayerNorm (with a two-pass variance: the one-pass form loses digits where the mean is large) or RMSNorm."""
+    if config.norm == "rms":
+        return RMSNorm(config.norm_eps, name=name)
     return nn.LayerNorm(config.norm_eps, use_fast_variance=False, name=name)
 
 
 class _Block(nn.Module):
-    """LayerNorm attention inside a frame, then a LayerNorm MLP with tanh-GELU: [B, P, W] -> [B, P, W]."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): [B, P, W] -> [B, P, W]."""
 
     config: VisionConfig
 
     @nn.compact
-    def __call__(self, x: Array, angle: Array, frames: Array) -> Array:
+    def __call__(self, x: Array, angle: Array, among: Among) -> Array:
         c = self.config
         normed = _norm(c, "norm1")(x)
-        x = x + _FrameAttention(c, name="attention")(normed, angle, frames)
-        normed = _norm(c, "norm2")(x)
-        return x + _MLP(c.mlp_width, c.width, lambda h: jax.nn.gelu(h, approximate=True), name="mlp")(normed)
+        x = x + _PatchAttention(c, name="attention")(normed, angle, among)
+        gated = c.mlp == "swiglu"
+        mlp = SwiGLU(c.mlp_width, use_bias=True, name="mlp") if gated else _MLP(c.mlp_width, c.mlp, name="mlp")
+        return x + mlp(_norm(c, "norm2")(x))
 
 
-class _FrameAttention(nn.Module):
-    """Full attention among the patches of one frame, with 2-D rotary positions."""
+class _PatchAttention(nn.Module):
+    """Attention among patches with 2-D rotary positions; `among` says which see each other."""
 
     config: VisionConfig
 
     @nn.compact
-    def __call__(self, x: Array, angle: Array, frames: Array) -> Array:
+    def __call__(self, x: Array, angle: Array, among: Among) -> Array:
         c = self.config
         qkv = Linear(3 * c.width, use_bias=True, name="qkv")(x).reshape(*x.shape[:2], 3, c.heads, c.head_dim)
-        query, key, value = rotate(qkv[:, :, 0], angle), rotate(qkv[:, :, 1], angle), qkv[:, :, 2]
-        same = lambda some: some[:, :, None] == frames[:, None, :]  # noqa: E731
-        found = row_blocks(lambda piece: attend(piece[0], key, value, same(piece[1])), (query, frames))
+        found = among(rotate(qkv[:, :, 0], angle), rotate(qkv[:, :, 1], angle), qkv[:, :, 2])
         return Linear(c.width, use_bias=True, name="proj")(found)
 
 
@@ -71,12 +83,12 @@ class _MLP(nn.Module):
     """fc2(act(fc1(x))) with biases."""
 
     width: int
-    out: int
-    act: Callable[[Array], Array]
+    act: str
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return Linear(self.out, use_bias=True, name="fc2")(self.act(Linear(self.width, use_bias=True, name="fc1")(x)))
+        hidden = _ACTS[self.act](Linear(self.width, use_bias=True, name="fc1")(x))
+        return Linear(x.shape[-1], use_bias=True, name="fc2")(hidden)
 
 
 class _Merger(nn.Module):
@@ -104,6 +116,28 @@ def _axial_angles(coords: Array, config: VisionConfig) -> Array:
     return jnp.concatenate([row, column], axis=-1)
 
 
+def _in_frames(frames: Array) -> Among:
+    """Every patch sees those of its frame: frames [B, P] int32."""
+
+    def among(query: Array, key: Array, value: Array) -> Array:
+        same = lambda some: some[:, :, None] == frames[:, None, :]  # noqa: E731
+        return row_blocks(lambda piece: attend(piece[0], key, value, same(piece[1])), (query, frames))
+
+    return among
+
+
+def _patch_rows(config: VisionConfig, params: Any, batch: Batch) -> Array:
+    """[B, P, W]: embedded patches, with the learned positions where the tower has a table."""
+    embed = params["patch_embed"]
+    dtype = embed["kernel"].dtype
+    x = jnp.asarray(batch.patches).astype(dtype) @ embed["kernel"]
+    x = x + embed["bias"] if config.patch_bias else x
+    if not config.table_side:
+        return x
+    table = params["position_table"].astype(jnp.float32)[jnp.asarray(batch.patch_table)]  # [B, P, 4, W]
+    return x + jnp.einsum("bpcw,bpc->bpw", table, jnp.asarray(batch.patch_weights)).astype(dtype)
+
+
 def see(config: VisionConfig, params: Any, batch: Batch) -> Visual:
     """Runs the tower over the patches of every row, once per prompt.
 
@@ -115,28 +149,53 @@ def see(config: VisionConfig, params: Any, batch: Batch) -> Visual:
     Returns:
       Visual with M = P / merge^2 rows.
     """
-    dtype = params["patch_embed"]["kernel"].dtype
-    x = jnp.asarray(batch.patches).astype(dtype) @ params["patch_embed"]["kernel"] + params["patch_embed"]["bias"]
-    table = params["position_table"].astype(jnp.float32)[jnp.asarray(batch.patch_table)]  # [B, P, 4, W]
-    x = x + jnp.einsum("bpcw,bpc->bpw", table, jnp.asarray(batch.patch_weights)).astype(dtype)
-
-    angle = _axial_angles(jnp.asarray(batch.patch_coords), config)
+    x, angle = _patch_rows(config, params, batch), _axial_angles(jnp.asarray(batch.patch_coords), config)
     frames = jnp.asarray(batch.patch_segments)
+    if not config.window:
+        x, taps = _blocks(config, params["blocks"], x, angle, lambda _: _in_frames(frames))
+        return _merged(config, params, x, taps)
+    if batch.patch_windows is None:
+        raise ValueError("the tower looks through windows and the batch has no patch_windows: encode it anew")
+    order = by_window(jnp.asarray(batch.patch_windows), config.merge_unit)
+    x, angle, frames, windows = (
+        reorder(leaf, order, config.merge_unit) for leaf in (x, angle, frames, jnp.asarray(batch.patch_windows))
+    )
+    full = jnp.zeros(config.depth, bool).at[jnp.asarray(config.full_blocks, jnp.int32)].set(True)
+    whole, parts = _in_frames(frames), attend_in_windows(windows, config.window_patches)
+
+    def among(index: Array) -> Among:
+        return lambda query, key, value: jax.lax.cond(full[index], whole, parts, query, key, value)
+
+    x, taps = _blocks(config, params["blocks"], x, angle, among)
+    seen = _merged(config, params, x, taps)
+    back = jnp.argsort(order, axis=1)
+    return Visual(reorder(seen.rows, back, 1), jax.vmap(lambda rows: reorder(rows, back, 1))(seen.deepstack))
+
+
+def _blocks(
+    config: VisionConfig, blocks: Any, x: Array, angle: Array, among: Callable[[Array], Among]
+) -> tuple[Array, Array]:
+    """[B, P, W] through all blocks in one scan -> the same, and [taps, B, P, W] of the tapped ones."""
     tapped = jnp.asarray(config.taps, jnp.int32)
 
     def body(carry: tuple[Array, Array], block: tuple[Array, Any]) -> tuple[tuple[Array, Array], None]:
         (x, taps), (index, weights) = carry, block
-        out: Any = constrain(_Block(config).apply({"params": weights}, x, angle, frames), "patches")
+        out: Any = constrain(_Block(config).apply({"params": weights}, x, angle, among(index)), "patches")
         return (out, jnp.where((tapped == index)[:, None, None, None], out, taps)), None
 
     x = constrain(x, "patches")
-    carry = (x, jnp.zeros((len(config.taps), *x.shape), dtype))
-    (x, taps), _ = jax.lax.scan(body, carry, (jnp.arange(config.depth), params["blocks"]))
+    carry = (x, jnp.zeros((len(config.taps), *x.shape), x.dtype))
+    return jax.lax.scan(body, carry, (jnp.arange(config.depth), blocks))[0]
+
+
+def _merged(config: VisionConfig, params: Any, x: Array, taps: Array) -> Visual:
+    """The tower's output and its taps through their mergers."""
     merge = lambda weights, tap: _Merger(config, norm_joined=True).apply({"params": weights}, tap)  # noqa: E731
     rows: Any = _Merger(config, norm_joined=False).apply({"params": params["merger"]}, x)
+    none = jnp.zeros((0, *rows.shape), rows.dtype)
     return Visual(
         rows=constrain(rows, "visual"),
-        deepstack=jax.vmap(merge)(params["deepstack"], taps),
+        deepstack=jax.vmap(merge)(params["deepstack"], taps) if config.taps else none,
     )
 
 
@@ -145,14 +204,19 @@ def init(key: Array, config: VisionConfig) -> Any:
     patch_key, table_key, block_key, merger_key, tap_key = jax.random.split(key, 5)
     x = jnp.zeros((1, config.merge_unit, config.width))
     angle = jnp.zeros((1, config.merge_unit, config.head_dim // 2))
-    frames = jnp.ones((1, config.merge_unit), jnp.int32)
-    block = lambda k: _Block(config).init(k, x, angle, frames)["params"]  # noqa: E731
+    among = _in_frames(jnp.ones((1, config.merge_unit), jnp.int32))
+    block = lambda k: _Block(config).init(k, x, angle, among)["params"]  # noqa: E731
     merger = lambda k, joined: _Merger(config, joined).init(k, x)["params"]  # noqa: E731
     normal = lambda k, *shape: 0.02 * jax.random.normal(k, shape)  # noqa: E731
-    return {
-        "patch_embed": {"kernel": normal(patch_key, config.patch_dim, config.width), "bias": jnp.zeros(config.width)},
-        "position_table": normal(table_key, config.table_side**2, config.width),
+    params = {
+        "patch_embed": {"kernel": normal(patch_key, config.patch_dim, config.width)},
         "blocks": jax.vmap(block)(jax.random.split(block_key, config.depth)),
         "merger": merger(merger_key, False),
-        "deepstack": jax.vmap(lambda k: merger(k, True))(jax.random.split(tap_key, len(config.taps))),
     }
+    if config.patch_bias:
+        params["patch_embed"]["bias"] = jnp.zeros(config.width)
+    if config.table_side:
+        params["position_table"] = normal(table_key, config.table_side**2, config.width)
+    if config.taps:
+        params["deepstack"] = jax.vmap(lambda k: merger(k, True))(jax.random.split(tap_key, len(config.taps)))
+    return params

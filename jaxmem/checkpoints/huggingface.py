@@ -13,7 +13,14 @@ import numpy as np
 
 from jaxmem.backbones import registry
 from jaxmem.backbones.config import BackboneConfig
-from jaxmem.checkpoints import mlp_names, pvm_names, qwen3_vl_names
+from jaxmem.checkpoints import (
+    mlp_names,
+    pvm_names,
+    qwen2_5_vl_names,
+    qwen2_vl_names,
+    qwen3_vl_names,
+    vismem_names,
+)
 from jaxmem.checkpoints.identity import backbone_identity, differences, memory_identity
 from jaxmem.checkpoints.table import Table, View, expected, flatten, unflatten, write_tree
 from jaxmem.checkpoints.weights import (
@@ -31,8 +38,11 @@ from jaxmem.checkpoints.weights import (
 )
 from jaxmem.errors import CheckpointError, ConfigError
 
-BACKBONE_TABLES = {qwen3_vl_names.MODEL_TYPE: qwen3_vl_names}  # modules with `table` and `repeated`
-MEMORY_TABLES: dict[str, Callable[[Any], Table]] = {pvm_names.NAME: pvm_names.table, mlp_names.NAME: mlp_names.table}
+BACKBONE_TABLES = {names.MODEL_TYPE: names for names in (qwen2_vl_names, qwen2_5_vl_names, qwen3_vl_names)}
+"""Modules with `table` and `repeated` for each of their `LAYOUTS` of names; the first is written."""
+MEMORY_TABLES: dict[str, Callable[[Any], Table]] = {
+    names.NAME: names.table for names in (pvm_names, mlp_names, vismem_names)
+}
 MEMORY_WEIGHTS, MEMORY_CONFIG = "memory.safetensors", "memory.json"
 SHARD_SIZE = 5_000_000_000
 
@@ -82,17 +92,30 @@ def load_backbone(
       A nested dict of jax arrays. The head of a tied model may be stored a second time if it equals the embedding.
 
     Raises:
-      CheckpointError: see `open_weights`; or missing, unexpected or wrongly shaped tensors, all in one message.
+      CheckpointError: see `open_weights`; tensors named by two layouts; or missing, unexpected or wrongly shaped
+        tensors, all in one message.
     """
     names = _known(config.model_type, BACKBONE_TABLES, "model_type")
     shapes = registry.backbone(config.model_type).shapes(config) if shapes is None else shapes
     tensors = open_weights(folder)
     if ignore:
         tensors = {name: tensor for name, tensor in tensors.items() if not re.search(ignore, name)}
-    for name, original in names.repeated(config).items():
+    layout = _layout(folder, tensors, names, config, shapes)
+    for name, original in names.repeated(config, layout).items():
         if name in tensors:
             _check_repeated(folder, tensors.pop(name), tensors.get(original), name, original)
-    return load_tree(folder, tensors, names.table(config), shapes, dtype=dtype, sharding=sharding)
+    return load_tree(folder, tensors, names.table(config, layout), shapes, dtype=dtype, sharding=sharding)
+
+
+def _layout(folder: Any, tensors: Mapping[str, View], names: Any, config: BackboneConfig, shapes: Any) -> Any:
+    """By which of the family's layouts a folder names its tensors: the first when it holds none of theirs."""
+    wanted = {layout: expected(names.table(config, layout), shapes).keys() for layout in names.LAYOUTS}
+    shared = set.intersection(*map(set, wanted.values()))
+    held = {layout: [name for name in tensors if name in known - shared] for layout, known in wanted.items()}
+    if len(found := [layout for layout in wanted if held[layout]]) > 1:
+        groups = {f"tensors named as {layout.text}.* and {layout.visual}.*": held[layout] for layout in found}
+        report(folder, groups, "A folder names all of its tensors by one layout; was it merged from two?")
+    return found[0] if found else names.LAYOUTS[0]
 
 
 def _check_repeated(folder: Any, tensor: View, original: View | None, name: str, source: str) -> None:

@@ -7,7 +7,7 @@ scale 0 are not written. Names follow from the backbone's own mapping table.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def save_adapter(folder: str | Path, base: Any, backbone: BackboneConfig, origin
     tree = {path: {name: factor[name][layers] for name in _FACTORS} for path, factor in factors.items()}
     config = _config(backbone, factors, layers.tolist(), rank, scale * rank) | {"base_model_name_or_path": origin}
     with staged(Path(folder), (CONFIG, WEIGHTS)) as stage:
-        write_file(stage / WEIGHTS, write_tree(_table(backbone, factors, layers.tolist()), unflatten(tree)))
+        write_file(stage / WEIGHTS, write_tree(_table(_stems(backbone), factors, layers.tolist()), unflatten(tree)))
         write_json(stage / CONFIG, config)
 
 
@@ -75,13 +75,15 @@ def load_adapter(folder: str | Path, base: Any, backbone: BackboneConfig) -> Any
     """
     where = Path(folder) / WEIGHTS
     rank, scale = _read(Path(folder) / CONFIG)
-    tensors, stems, depth = open_file(where), _stems(backbone), backbone.text.layers
+    tensors, depth = open_file(where), backbone.text.layers
+    layouts = BACKBONE_TABLES[backbone.model_type].LAYOUTS
+    stems = max((_stems(backbone, layout) for layout in reversed(layouts)), key=lambda some: _hits(some, tensors))
     has = lambda stem, layer: f"{stem.format(i=layer)}.lora_A.weight" in tensors  # noqa: E731
     held = {path: [layer for layer in range(depth) if has(stem, layer)] for path, stem in stems.items()}
     paths, layers = [path for path in held if held[path]], sorted(set().union(*held.values()))
     kernels = flatten(base)
     shapes = unflatten({path: _shapes(kernels[f"{path}/kernel"].shape, len(layers), rank) for path in paths})
-    stored = load_tree(where, tensors, _table(backbone, paths, layers), shapes, dtype=jnp.dtype("float32"))
+    stored = load_tree(where, tensors, _table(stems, paths, layers), shapes, dtype=jnp.dtype("float32"))
     index = jnp.asarray(layers, jnp.int32)
     spread = {name: jnp.zeros((depth, *leaf.shape[1:])).at[index].set(leaf) for name, leaf in flatten(stored).items()}
     scales = {"lora_scale": jnp.zeros(depth).at[index].set(scale)}
@@ -94,9 +96,13 @@ def _shapes(kernel: tuple[int, ...], layers: int, rank: int) -> dict[str, jax.Sh
     return {name: jax.ShapeDtypeStruct(size, jnp.float32) for name, size in sizes.items()}
 
 
-def _stems(backbone: BackboneConfig) -> dict[str, str]:
-    """PEFT's name of every decoder kernel, "{i}" for the layer, by the path of the Linear."""
-    rules = BACKBONE_TABLES[backbone.model_type].table(backbone)
+def _stems(backbone: BackboneConfig, layout: Any = None) -> dict[str, str]:
+    """PEFT's name of every decoder kernel, "{i}" for the layer, by the path of the Linear.
+
+    PEFT names modules as torch holds them: in the family's last layout, and in older releases in its first.
+    """
+    names = BACKBONE_TABLES[backbone.model_type]
+    rules = names.table(backbone, layout or names.LAYOUTS[-1])
     return {
         rule.ours.removesuffix("/kernel"): f"base_model.model.{rule.theirs.removesuffix('.weight')}"
         for rule in rules
@@ -104,9 +110,15 @@ def _stems(backbone: BackboneConfig) -> dict[str, str]:
     }
 
 
-def _table(backbone: BackboneConfig, paths: Iterable[str], layers: Sequence[int]) -> Table:
+def _hits(stems: Mapping[str, str], tensors: Mapping[str, Any]) -> int:
+    """How many tensors start with a stem's constant part."""
+    starts = tuple({stem.partition("{i}")[0] for stem in stems.values()})
+    return sum(name.startswith(starts) for name in tensors)
+
+
+def _table(stems: Mapping[str, str], paths: Iterable[str], layers: Sequence[int]) -> Table:
     """The rules of the factors at `paths` in `layers`."""
-    stems, stack = _stems(backbone), (("i", tuple(layers)),)
+    stack = (("i", tuple(layers)),)
     return tuple(
         Rule(f"{path}/{ours}", f"{stems[path]}.{theirs}.weight", (Transpose(),), stack)
         for path in paths

@@ -12,7 +12,7 @@ from jaxmem.data.example import Example
 from jaxmem.errors import ConfigError, DataError
 
 _PER_TOKEN = {"tokens": 0, "positions": 0, "loss_mask": 0, "visual_rows": -1}  # field: value of its padding
-_PER_PATCH = ("patches", "patch_segments", "patch_coords", "patch_table", "patch_weights")
+_PER_PATCH = ("patches", "patch_segments", "patch_coords", "patch_table", "patch_weights", "patch_windows")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,8 @@ def collate(
     fill = _PER_TOKEN | {"tokens": pad_token}
     fields = {name: _stack([getattr(row, name) for row in examples], starts, width, fill[name]) for name in fill}
     for name in _PER_PATCH:
-        fields[name] = _stack_patches([getattr(row, name) for row in examples], patches)
+        if getattr(examples[0], name) is not None:
+            fields[name] = _stack_patches([getattr(row, name) for row in examples], patches)
     segments = _stack([np.ones(len(row), np.int32) for row in examples], starts, width, 0)
     return Batch(segments=segments, blind=_blind(blind, len(examples)), **fields)
 
@@ -99,7 +100,8 @@ def widen(batch: Batch, tokens: int, patches: int) -> Batch:
         return np.pad(leaf, width, constant_values=fill)
 
     fields = {name: padded(name, -1, tokens, fill) for name, fill in (_PER_TOKEN | {"segments": 0}).items()}
-    return dataclasses.replace(batch, **fields, **{name: padded(name, 1, patches, 0) for name in _PER_PATCH})
+    held = [name for name in _PER_PATCH if getattr(batch, name) is not None]
+    return dataclasses.replace(batch, **fields, **{name: padded(name, 1, patches, 0) for name in held})
 
 
 def _shape(examples: Sequence[Example], buckets: Buckets) -> tuple[int, int]:
@@ -107,6 +109,8 @@ def _shape(examples: Sequence[Example], buckets: Buckets) -> tuple[int, int]:
     dims = {row.patches.shape[1] for row in examples}
     if len(dims) > 1:
         raise DataError(f"rows have patches of different lengths {sorted(dims)}: encode them with one processor")
+    if len({row.patch_windows is None for row in examples}) > 1:
+        raise DataError("some rows have attention windows and some have none: encode them with one processor")
     units = {len(row.patches) // row.visual_count for row in examples if row.visual_count}
     if len(units) > 1:
         raise DataError(f"rows merge {sorted(units)} patches into a visual token: encode them with one processor")

@@ -23,6 +23,7 @@ class Example:
       patch_coords: [P, 2] int32.
       patch_table: [P, 4] int32.
       patch_weights: [P, 4] float32.
+      patch_windows: [P] int32, or None for a tower without windows.
       images: merged (rows, columns) per image and per temporal patch of a video, in the order of the tokens.
     """
 
@@ -36,6 +37,7 @@ class Example:
     patch_table: np.ndarray
     patch_weights: np.ndarray
     images: tuple[tuple[int, int], ...] = ()
+    patch_windows: np.ndarray | None = None
 
     def __len__(self) -> int:
         """T."""

@@ -31,11 +31,12 @@ class ImageProcessor:
       std: per channel.
       min_pixels: a smaller image is enlarged.
       max_pixels: a larger image is reduced.
-      video_min_pixels: budget of all frames of a video together.
-      video_max_pixels: budget of all frames of a video together.
+      video_min_pixels: budget of all frames of a video together, or of each frame.
+      video_max_pixels: likewise.
       resample: PIL filter; 3 is bicubic.
       rescale: factor from 8-bit values to 0..1.
       max_frames: a longer video is refused.
+      frame_budget: the budget of a video is that of each of its frames (Qwen2-VL, Qwen2.5-VL).
     """
 
     patch_size: int
@@ -50,6 +51,7 @@ class ImageProcessor:
     resample: int = 3
     rescale: float = 1 / 255
     max_frames: int = MAX_FRAMES
+    frame_budget: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.min_pixels <= self.max_pixels:
@@ -66,6 +68,8 @@ class ImageProcessor:
 
     def video_size(self, size: tuple[int, int], frames: int) -> tuple[int, int]:
         """(width, height) after the resize of a video of `frames` frames of `size` = (width, height)."""
+        if self.frame_budget:
+            return _fit(size, 1, 1, self.factor, self.video_min_pixels, self.video_max_pixels)
         scale = max(1.0, self.factor / min(size))
         size = (int(size[0] * scale), int(size[1] * scale))
         rounded = round(frames / self.temporal_patch_size) * self.temporal_patch_size
@@ -135,7 +139,7 @@ def _fit(
 
 
 def load_image_processor(
-    folder: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None
+    folder: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None, frame_budget: bool = False
 ) -> ImageProcessor:
     """Reads the image settings of a Hugging Face folder.
 
@@ -143,12 +147,13 @@ def load_image_processor(
       folder: holds preprocessor_config.json and perhaps video_preprocessor_config.json.
       min_pixels: replaces the file's lower limit per image.
       max_pixels: replaces the file's upper limit per image.
+      frame_budget: videos are sized frame by frame; without a file of their own, like images.
 
     Returns:
       An ImageProcessor.
 
     Raises:
-      CheckpointError: no preprocessor_config.json.
+      CheckpointError: no preprocessor_config.json, or a setting that is not built.
       KeyError, ValueError: the file lacks a key or asks for something that is not built.
     """
     file = Path(folder) / "preprocessor_config.json"
@@ -159,21 +164,26 @@ def load_image_processor(
         if settings.get(key, True) is not True:
             raise CheckpointError(f"{file}: {key}={settings[key]} is not supported; the backbone expects it to be true")
     low, high = _pixel_range(settings, file)
+    low, high = low if min_pixels is None else min_pixels, high if max_pixels is None else max_pixels
     video_file = Path(folder) / "video_preprocessor_config.json"
     video = _read_json(video_file)
-    video_low, video_high = VIDEO_PIXELS if video is None else _pixel_range(video, video_file)
+    if video is not None and video.get("cap_pixels_per_frame"):
+        raise CheckpointError(f"{video_file}: cap_pixels_per_frame is not supported; state max_pixels instead")
+    fallback = (low, high) if frame_budget else VIDEO_PIXELS
+    video_low, video_high = fallback if video is None else _pixel_range(video, video_file)
     return ImageProcessor(
         patch_size=_key(settings, "patch_size", file),
         temporal_patch_size=_key(settings, "temporal_patch_size", file),
         merge_size=_key(settings, "merge_size", file),
         mean=tuple(_key(settings, "image_mean", file)),
         std=tuple(_key(settings, "image_std", file)),
-        min_pixels=low if min_pixels is None else min_pixels,
-        max_pixels=high if max_pixels is None else max_pixels,
+        min_pixels=low,
+        max_pixels=high,
         video_min_pixels=video_low,
         video_max_pixels=video_high,
         resample=settings.get("resample", 3),
         rescale=settings.get("rescale_factor", 1 / 255),
+        frame_budget=frame_budget,
     )
 
 

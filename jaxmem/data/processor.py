@@ -19,7 +19,7 @@ from jaxmem.data.images import load_image
 from jaxmem.data.messages import Media, Message, take_apart
 from jaxmem.data.pixels import ImageProcessor, load_image_processor
 from jaxmem.data.positions import Grid, mrope_positions, patch_tables
-from jaxmem.data.video import timeline, timestamps
+from jaxmem.data.video import time_step, timeline, timestamps
 from jaxmem.errors import CheckpointError, DataError
 
 _END_OF_TURN = "<|im_end|>"
@@ -29,12 +29,23 @@ _TOKENIZER_STATE = threading.Lock()  # a fast tokenizer keeps `split_special_tok
 
 @dataclasses.dataclass(frozen=True)
 class _Picture:
-    """A read image or video: its patches and the text that stands for it in the prompt."""
+    """A read image or video.
+
+    Attributes:
+      kind: "image" or "video".
+      patches: [P, C].
+      grid: of all of them.
+      text: what stands for it in the prompt, one placeholder per block.
+      blocks: the grids of its placeholders: one, or one per temporal patch.
+      step: rotary positions from one temporal patch of a block to the next.
+    """
 
     kind: str
     patches: np.ndarray
     grid: Grid
     text: str
+    blocks: tuple[Grid, ...]
+    step: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +70,8 @@ class Processor:
       stop_tokens: ids that end an answer.
       pad_token: id that fills padding.
       video_wrapper: keep the template's own vision start and end around the time line of a video, as transformers
-        since 5.10 does; False drops the pair, as the processor released with Qwen3-VL did.
+        since 5.10 does; False drops the pair, as the processor released with Qwen3-VL did. Videos without a time line
+        (Qwen2-VL, Qwen2.5-VL) stand in the template's pair always.
     """
 
     tokenizer: Any
@@ -147,14 +159,18 @@ class Processor:
 
     def _read_image(self, item: Media, name: str) -> _Picture:
         patches, grid = self.image_processor.image(load_image(item.source, name))
-        return _Picture("image", patches, grid, self._token(self.config.image_token))
+        return _Picture("image", patches, grid, self._token(self.config.image_token), (grid,))
 
     def _read_video(self, item: Media, name: str) -> _Picture:
         frames = [load_image(frame, f"frame {i} of {name}") for i, frame in enumerate(item.source)]
         patches, grid = self.image_processor.video(frames, name)
-        times = timestamps(len(frames), item.fps, self.image_processor.temporal_patch_size)
-        start, pad, end = self._vision
-        return _Picture("video", patches, grid, timeline(times, start, pad, end))
+        (start, pad, end), span = self._vision, self.image_processor.temporal_patch_size
+        if self.config.timed_video:
+            line = timeline(timestamps(len(frames), item.fps, span), start, pad, end)
+            return _Picture("video", patches, grid, line, ((1, *grid[1:]),) * grid[0])
+        speed = self.config.positions_per_second
+        step = 1.0 if speed is None else time_step(item.fps, span, speed)
+        return _Picture("video", patches, grid, pad, (grid,), step)
 
     @property
     def _vision(self) -> tuple[str, str, str]:
@@ -173,7 +189,8 @@ class Processor:
             raise DataError(f"the chat template refused {chat.where}: {error}") from error
         start, pad, end = self._vision
         wrapped = start + pad + end
-        target = pad if self.video_wrapper or wrapped not in text else wrapped
+        keep = self.video_wrapper or not self.config.timed_video or wrapped not in text
+        target = pad if keep else wrapped
         return chat.guard.fill(text, target, [item.text for item in chat.pictures if item.kind == "video"])
 
     def _assistant_spans(self, chat: _Chat, rendered: str) -> list[tuple[int, int]]:
@@ -211,18 +228,21 @@ class Processor:
         vision, pictures = self.config.vision, chat.pictures
         blocks = self._blocks(tokens, pictures, chat.where)
         repeats = np.ones(len(tokens), np.int64)
-        for index, (_, rows, columns) in blocks:
-            repeats[index] = rows * columns // vision.merge_unit
+        for index, (frames, rows, columns), _ in blocks:
+            repeats[index] = frames * rows * columns // vision.merge_unit
         ends = np.cumsum(repeats)
         is_visual = np.zeros(len(tokens), bool)
-        is_visual[[index for index, _ in blocks]] = True
+        is_visual[[index for index, *_ in blocks]] = True
         visual = np.repeat(is_visual, repeats)
-        placed = [(int(ends[index] - repeats[index]), grid) for index, grid in blocks]
+        placed = [(int(ends[index] - repeats[index]), grid) for index, grid, _ in blocks]
+        steps = [step for *_, step in blocks]
+        shapes = [(rows // vision.merge_size, columns // vision.merge_size) for _, (_, rows, columns), _ in blocks]
         empty = np.zeros((0, vision.patch_dim), np.float32)
-        tables = patch_tables([picture.grid for picture in pictures], vision.table_side, vision.merge_size)
+        grids = [picture.grid for picture in pictures]
+        tables = patch_tables(grids, vision.table_side, vision.merge_size, vision.window)
         return Example(
             tokens=np.repeat(tokens, repeats),
-            positions=mrope_positions(int(repeats.sum()), placed, vision.merge_size),
+            positions=mrope_positions(int(repeats.sum()), placed, vision.merge_size, steps),
             loss_mask=np.repeat(mask, repeats),
             visual_rows=np.where(visual, np.cumsum(visual) - 1, -1).astype(np.int32),
             patches=np.concatenate([empty, *(picture.patches for picture in pictures)]),
@@ -230,25 +250,27 @@ class Processor:
             patch_coords=tables.coords,
             patch_table=tables.table,
             patch_weights=tables.weights,
-            images=tuple((rows // vision.merge_size, columns // vision.merge_size) for _, (_, rows, columns) in blocks),
+            images=tuple(shape for shape, (_, grid, _) in zip(shapes, blocks, strict=True) for _ in range(grid[0])),
+            patch_windows=tables.windows,
         )
 
-    def _blocks(self, tokens: np.ndarray, pictures: list[_Picture], where: str) -> list[tuple[int, Grid]]:
-        """(index of the placeholder, grid) of every image and temporal patch; their numbers must agree."""
+    def _blocks(self, tokens: np.ndarray, pictures: list[_Picture], where: str) -> list[tuple[int, Grid, float]]:
+        """(index, grid, step between its frames) of every placeholder; placeholders and blocks must agree in number."""
         ids = {"image": self.config.image_token, "video": self.config.video_token}
         found = np.flatnonzero(np.isin(tokens, list(ids.values())))
-        frames = [(ids[item.kind], (1, *item.grid[1:])) for item in pictures for _ in range(item.grid[0])]
+        wanted = [(ids[item.kind], block, item.step) for item in pictures for block in item.blocks]
         for kind, id_ in ids.items():
-            seen, wanted = int(np.sum(tokens == id_)), sum(frame == id_ for frame, _ in frames)
-            if wanted != seen:
+            seen, count = int(np.sum(tokens == id_)), sum(block[0] == id_ for block in wanted)
+            if count != seen:
                 unit = "images" if kind == "image" else "temporal patches of videos"
+                unit = unit if kind == "image" or self.config.timed_video else "videos"
                 raise DataError(
-                    f"the prompt of {where} has {seen} {kind} placeholders for {wanted} {unit}; "
+                    f"the prompt of {where} has {seen} {kind} placeholders for {count} {unit}; "
                     "the chat template adds or drops some (many templates take no images in system messages)"
                 )
-        if tokens[found].tolist() != [id_ for id_, _ in frames]:
+        if tokens[found].tolist() != [id_ for id_, *_ in wanted]:
             raise DataError(f"the chat template puts the images and videos of {where} into another order")
-        return [(int(index), grid) for index, (_, grid) in zip(found, frames, strict=True)]
+        return [(int(index), grid, step) for index, (_, grid, step) in zip(found, wanted, strict=True)]
 
 
 def _cut(length: int, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, float]]:
@@ -274,8 +296,9 @@ def load_processor(
     Args:
       folder: tokenizer files, preprocessor_config.json and a chat template.
       config: of the backbone in the same folder.
-      min_pixels: replaces the folder's lower limit per image.
-      max_pixels: replaces the folder's upper limit per image.
+      min_pixels: replaces the folder's lower limit per image; and per frame, where the folder has none for videos and
+        the backbone sizes them frame by frame.
+      max_pixels: likewise the upper limit.
       chat_template: Jinja source that replaces the folder's.
 
     Returns:
@@ -287,7 +310,9 @@ def load_processor(
     """
     folder = Path(folder)
     tokenizer = _load_tokenizer(folder, config)
-    image_processor = load_image_processor(folder, min_pixels=min_pixels, max_pixels=max_pixels)
+    image_processor = load_image_processor(
+        folder, min_pixels=min_pixels, max_pixels=max_pixels, frame_budget=not config.timed_video
+    )
     for name in ("patch_size", "temporal_patch_size", "merge_size"):
         ours, theirs = getattr(config.vision, name), getattr(image_processor, name)
         if ours != theirs:

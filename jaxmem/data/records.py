@@ -1,7 +1,8 @@
-"""Where training rows come from: anything with a length and an index; here, JSON-lines files of chats."""
+"""Where training rows come from: anything with a length and an index; here, JSON-lines files of chats or questions."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -16,7 +17,13 @@ _SAMPLED = 1000
 
 
 class JsonlRecords(Sequence[dict[str, Any]]):
-    """A file with one `{"messages": [...]}` object per line, read by line on demand.
+    """A file with one object per line, read by line on demand: a chat or a question.
+
+    A chat is {"messages": [...], columns...}; a list "images" fills its image parts without a source.
+    A question is {"prompt": text, "image": path or "images": [paths], "answer": text, number or list, "id": ...,
+    columns...}, where everything but the prompt may be missing or null. It becomes a chat of one user turn, images
+    first, and one assistant turn with the (first) answer, or none without an answer. Its "answer" (None when missing)
+    and "id" (the running number when missing) stay as columns, like every other key.
 
     Only the places of the lines are kept in memory. Blank lines are skipped. Relative image paths are relative to
     the folder of the file.
@@ -66,9 +73,78 @@ class JsonlRecords(Sequence[dict[str, Any]]):
             record = json.loads(line)
         except ValueError as error:
             raise DataError(f"{self.name(index)}: not JSON: {error}") from error
-        if not isinstance(record, dict) or not isinstance(record.get("messages"), list) or not record["messages"]:
-            raise DataError(f'{self.name(index)}: a record is {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
+        record = _as_chat(record, index, self.name(index))
         return record | {"messages": [_located(message, self.path.parent) for message in record["messages"]]}
+
+
+def _as_chat(record: Any, index: int, where: str) -> dict[str, Any]:
+    """A line's object as {"messages": [...], columns...}; DataError when it is neither a chat nor a question."""
+    if not isinstance(record, dict) or not ("messages" in record or "prompt" in record):
+        raise DataError(
+            f'{where}: a record is {{"messages": [{{"role": ..., "content": ...}}, ...]}} or '
+            '{"prompt": "...", "image": "path", "answer": "..."}'
+        )
+    if "messages" not in record:
+        return _asked(record, index, where)
+    if not isinstance(record["messages"], list) or not record["messages"]:
+        raise DataError(f"{where}: messages is {record['messages']!r}; a chat is a list of messages, one at least")
+    return _filled(record, where) if record.get("images") else record
+
+
+def _asked(record: dict[str, Any], index: int, where: str) -> dict[str, Any]:
+    """The chat of a question (see `JsonlRecords`)."""
+    if not isinstance(record["prompt"], str):
+        raise DataError(f"{where}: prompt is {record['prompt']!r}; give a text, or a chat as messages")
+    parts: list[dict[str, Any]] = [{"type": "image", "image": path} for path in _paths(record, where)]
+    chat: list[dict[str, Any]] = [{"role": "user", "content": [*parts, {"type": "text", "text": record["prompt"]}]}]
+    if (answer := _first_answer(record, where)) is not None:
+        chat.append({"role": "assistant", "content": answer})
+    columns = {key: value for key, value in record.items() if key not in ("prompt", "image", "images")}
+    named = {"answer": None, **columns, "id": str(index) if columns.get("id") is None else columns["id"]}
+    return named | {"messages": chat}
+
+
+def _paths(record: dict[str, Any], where: str) -> list[str]:
+    """The images of a question."""
+    one, several = record.get("image"), record.get("images")
+    if one is not None and several is not None:
+        raise DataError(f"{where}: has both image and images; put all of them into images")
+    paths = several if one is None else [one]
+    if not isinstance(paths or [], list) or not all(isinstance(path, str) and path for path in paths or []):
+        raise DataError(f"{where}: image is one path and images a list of paths, got {paths if one is None else one!r}")
+    return paths or []
+
+
+def _first_answer(record: dict[str, Any], where: str) -> str | None:
+    """What the assistant is to say: the answer, or the first of several that are right; None without one."""
+    answer = record.get("answer")
+    given = answer if isinstance(answer, list) else [] if answer is None else [answer]
+    if not all(isinstance(one, str | int | float) and not isinstance(one, bool) for one in given):
+        raise DataError(f"{where}: answer is {answer!r}; give a text, a number or a list of these")
+    return str(given[0]) if given else None
+
+
+def _filled(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """A chat whose image parts without a source take those of "images", in order; there must be as many.
+
+    Where every image part has a source already, "images" is a column like others.
+    """
+    images, messages = record["images"], copy.deepcopy(record["messages"])
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    parts = [part for part in parts if part.get("type") in ("image", "image_url")]
+    bare = [part for part in parts if not any(value for key, value in part.items() if key != "type")]
+    if parts and not bare:
+        return record
+    if not isinstance(images, list) or len(images) != len(bare):
+        found = f"{len(images)} images" if isinstance(images, list) else f"images {images!r}"
+        raise DataError(
+            f'{where}: {found} beside a chat with {len(bare)} parts {{"type": "image"}} without a source; images is a '
+            "list with one path for each of these parts"
+        )
+    for part, image in zip(bare, images, strict=True):
+        part["image"] = image
+    return {key: value for key, value in record.items() if key != "images"} | {"messages": messages}
 
 
 def _located(message: Any, folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Videos as Qwen3-VL reads them: each temporal patch is an image of its own behind a text that says its time."""
+"""The time of a video: as text in front of each temporal patch (Qwen3-VL), or as rotary positions (Qwen2.5-VL)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ def timestamps(frames: int, fps: float, temporal_patch_size: int) -> list[float]
     return [(first / fps + min(first + temporal_patch_size - 1, frames - 1) / fps) / 2 for first in starts]
 
 
+def time_step(fps: float, temporal_patch_size: int, positions_per_second: float) -> float:
+    """Rotary positions from one temporal patch to the next: the seconds between them, times positions per second."""
+    return temporal_patch_size / fps * positions_per_second
+
+
 def timeline(times: list[float], start: str, pad: str, end: str) -> str:
-    """The text of one video: `<0.5 seconds>` and one wrapped placeholder per temporal patch.
+    """The text of one video of Qwen3-VL: `<0.5 seconds>` and one wrapped placeholder per temporal patch.
 
     Args:
       times: seconds of the temporal patches.

@@ -37,7 +37,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers/.*/(o|down)/kernel", P(None, "tensor", PIECES)),
     (r"layers/.*/lora_a", P(None, PIECES, None)),
     (r"layers/.*/lora_b", P(None, None, PIECES)),
-    (r"visual/patch_embed/kernel", P(PIECES, "tensor")),
+    (r"visual/patch_embed/kernel", P(None, ("tensor", *PIECES))),  # 1,176 pixels of a patch: not by 16
     (r"visual/position_table", P(None, PIECES)),
     (r"visual/(blocks|deepstack)/.*(qkv|fc1|gate|up)/kernel", P(None, PIECES, "tensor")),
     (r"visual/(blocks|deepstack)/.*(proj|fc2|down)/kernel", P(None, "tensor", PIECES)),

@@ -34,6 +34,7 @@ def user(*parts: Any) -> list[dict[str, Any]]:
 
 
 VIDEO = {"type": "video", "video": [picture(96, 64, i) for i in range(5)], "fps": 2.0}
+LARGE_VIDEO = {"type": "video", "video": [picture(196, 140, i) for i in range(5)], "fps": 2.0}
 LONG = "the quick brown fox jumps over a lazy dog and then describes rows of numbers one by one. " * 50
 
 PROMPTS: dict[str, list[dict[str, Any]]] = {
@@ -49,8 +50,12 @@ PROMPTS: dict[str, list[dict[str, Any]]] = {
         *user(text("and now?"), image(96, 64, 7)),
     ],
     "long": user(image(128, 96, 8), text(LONG)),
+    "large": user(text("which street"), image(364, 168, 9), text("is longer?")),
+    "large_video": user(text("first"), LARGE_VIDEO, text("then what?")),
 }
-VIDEO_GRIDS = {"video": [(3, 4, 6)]}
+LARGE = ("large", "large_video")
+COMMON = tuple(name for name in PROMPTS if name not in LARGE)
+VIDEO_GRIDS = {"video": [(3, 4, 6)], "large_video": [(3, 10, 14)]}  # at 14 pixels a patch for the large one
 
 
 def torch_inputs(name: str, example: Example) -> dict[str, torch.Tensor]:

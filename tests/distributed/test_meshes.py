@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from jaxmem.backbones import qwen3_vl
+from jaxmem.backbones import qwen
 from jaxmem.backbones.published import PUBLISHED
 from jaxmem.distributed import mesh as meshes
 from jaxmem.errors import ConfigError
@@ -78,15 +78,15 @@ def test_steps_leave_every_leaf_where_the_rules_want_it(kind, name):
         assert leaf.sharding.is_equivalent_to(want, leaf.ndim), path
 
 
-@pytest.mark.parametrize("size", ["4B", "8B"])
+@pytest.mark.parametrize("name", ["Qwen3-VL-4B", "Qwen3-VL-8B", "Qwen2-VL-7B", "Qwen2.5-VL-7B"])
 @pytest.mark.parametrize("sizes", [(1, 16, 1, 1), (1, 4, 4, 1), (1, 1, 8, 2), (2, 8, 1, 4), (1, 4, 8, 2)])
-def test_no_weight_or_moment_above_one_megabyte_lies_whole_everywhere(size, sizes):
+def test_no_weight_or_moment_above_one_megabyte_lies_whole_everywhere(name, sizes):
     """The real sizes, read from the shardings of weights, memory, optimizer and LoRA-free state."""
     mesh = AbstractMesh(sizes, meshes.AXES, (AxisType.Auto,) * 4)
-    backbone = PUBLISHED[f"Qwen3-VL-{size}-Instruct"]
+    backbone = PUBLISHED[f"{name}-Instruct"]
     spec = Spec(backbone, (pvm.create(backbone),))
     memory = jax.eval_shape(lambda: init_memory(jax.random.key(0), spec))
-    tree = {"base": qwen3_vl.shapes(backbone, jnp.bfloat16), "memory": memory}
+    tree = {"base": qwen.shapes(backbone, jnp.bfloat16), "memory": memory}
     train, frozen = trees.split(tree, EVERYTHING)
     state = jax.eval_shape(lambda tree: descent.init_state(w.OPTIMIZER, tree, 0), train)
     whole = []
