@@ -12,13 +12,18 @@ from jaxmem.errors import ConfigError
 from jaxmem.training.rewards.functions import Function, Imported
 
 FUNCTIONS: Mapping[str, str] = {
+    "anls": "matching:ANLS",
     "board": "boards:BoardReward",
     "choice": "answers:Choice",
     "exact": "answers:Exact",
+    "exact_text": "matching:ExactText",
+    "llm_judge": "judge:Judge",
     "math": "mathematics:Math",
     "numeric": "quantities:Numeric",
     "pvm": "tags:PVM",
+    "substr": "matching:Substring",
     "think_format": "tags:ThinkFormat",
+    "yesno": "yesno:YesNo",
 }
 """The built-in functions: name -> "module:class" in this package."""
 

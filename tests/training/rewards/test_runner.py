@@ -38,18 +38,24 @@ def score(runner, completions, **changes):
 
 
 def test_every_builtin_passes_its_self_test_and_scores():
-    with RewardRunner(config(*FUNCTIONS), COLUMNS) as runner:
+    sections = [{"name": name, "ask": f"{HERE}:judge"} if name == "llm_judge" else name for name in FUNCTIONS]
+    with RewardRunner(config(*sections), COLUMNS) as runner:
         scored = score(runner, ["<think>2+2</think><answer>4</answer>", "C7=7 #7"])
     values = dict(zip(scored.labels, scored.values.T, strict=True))
-    assert {label: tuple(v) for label, v in values.items() if label != "choice"} == {
+    assert {label: tuple(v) for label, v in values.items() if label not in ("choice", "yesno")} == {
+        "anls": (1.0, 0.0),
         "board": (0.0, 1.0),
         "exact": (1.0, 0.0),
+        "exact_text": (0.0, 0.0),
+        "llm_judge": (1.0, 0.0),
         "math": (1.0, 0.0),
         "numeric": (1.0, 0.0),
         "pvm": (1.0, 0.0),
+        "substr": (1.0, 0.0),
         "think_format": (1.0, 0.0),
     }
     assert np.isnan(values["choice"]).all()  # the reference "4" is no letter
+    assert np.isnan(values["yesno"]).all()  # nor a yes or no
     assert scored.values.dtype == np.float64 and scored.messages == ()
 
 

@@ -43,6 +43,21 @@ async def later(completions, **columns):
     return [0.25] * len(completions)
 
 
+def judge(requests):
+    """A judge that replies 1 when the answer is the reference, letter by letter."""
+    parts = [request.split("]\n") for request in requests]
+    return [f"Score: {int(part[3].split(chr(10))[0] == part[5].split(chr(10))[0])}/1" for part in parts]
+
+
+async def slow_judge(requests):
+    await asyncio.sleep(0.01)
+    return [float(request) for request in requests]
+
+
+def lazy_judge(requests):
+    return "1"
+
+
 def batch(completions, **columns):
     """Needs the whole batch: the share of completions that differ from the row's own."""
     return [sum(other != own for other in completions) / len(completions) for own in completions]
