@@ -26,6 +26,8 @@ from jaxmem.training.playing import Player
 from jaxmem.training.prompts import batch_of, encoder
 from jaxmem.training.rewards.runner import RewardRunner
 from jaxmem.training.settings import DataConfig, TrainConfig
+from jaxmem.training.vismem_stages import Stage, open_stage
+from jaxmem.training.warm_up import WarmUp
 
 _TRIED = 100  # records among which one must be usable for the self-test of the rewards
 
@@ -58,9 +60,10 @@ def prompts_pipeline(
 ) -> Pipeline:
     """The prompts of a dataset, in batches of `loop.batch_size`."""
     training = data is config.data
+    answers = config.grpo is not None and config.grpo.vismem is not None
     return Pipeline(
         source=source,
-        encode=encoder(model.processor),
+        encode=encoder(model.processor, answers),
         assemble=lambda prompts: batch_of(prompts, data.buckets, model.processor.pad_token),
         batch_size=config.loop.batch_size,
         shuffle=training and data.shuffle and data.source != "boards",
@@ -85,6 +88,10 @@ def prepare(
     method = config.grpo
     if method is None:
         raise ConfigError("the configuration has no section grpo")
+    if method.vismem is not None and method.vismem.stage == "warm_up":  # learns from references, whatever the policy
+        method = dataclasses.replace(
+            method, old_logprobs="rollout", loss=dataclasses.replace(method.loss, kl_weight=0.0)
+        )
     trainable, frozen = trees.split({"base": model.base, "memory": model.memory}, config.trainable)
     folder = Path(config.output)
     data = prompts_pipeline(config, config.data, model, source, record.of_host(folder / "rejected.jsonl"))
@@ -113,14 +120,28 @@ def prepare(
         report=functools.partial(sft.gates, model.spec),
         folder=folder,
         mesh=mesh,
+        stage=_stage(method, model, source, steps),
     )
     evaluate = None
     if held_out is not None and config.evaluation is not None:
         rejected = record.of_host(folder / "rejected_evaluation.jsonl")
         prompts = prompts_pipeline(config, config.evaluation, model, held_out, rejected)
         evaluate = grpo_run.evaluator(trainer, prompts, config.evaluation.buckets, config.seed)
-    job = Job(config.loop, steps, trainer.step, frozen, data, evaluate, mesh, evaluate_first=True)
+    warm = method.vismem is not None and method.vismem.stage == "warm_up"
+    step = WarmUp(trainer).step if warm else trainer.step
+    job = Job(config.loop, steps, step, frozen, data, evaluate, mesh, evaluate_first=True)
     return job, state
+
+
+def _stage(method: GRPOConfig, model: Model, source: Sequence[Any], steps: int) -> Stage | None:
+    """The stage of VisMem that the run is; the dataset's first usable records say how frequent delimiters are."""
+    if method.vismem is None:
+        return None
+    encode, prompts = encoder(model.processor, answers=True), []
+    for index in range(min(len(source), _TRIED)):
+        with contextlib.suppress(DataError):  # whether too many are unusable is the pipeline's question
+            prompts.append(encode(source[index]))
+    return open_stage(method.vismem, model.spec.vismem, model.processor, prompts, steps)
 
 
 def identity(method: GRPOConfig) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from jaxmem.distributed import hosts
 from jaxmem.distributed.mesh import constrain_weights
 from jaxmem.sampling.logits import SamplerConfig
 from jaxmem.sampling.slots import Slot
-from jaxmem.training import descent, grpo, grpo_metrics, loop, trees
+from jaxmem.training import descent, grpo, grpo_metrics, loop, trees, vismem_stages
 from jaxmem.training.advantages import Advantages, advantages
 from jaxmem.training.descent import Metrics, TrainState
 from jaxmem.training.grpo import Samples
@@ -32,6 +32,9 @@ from jaxmem.training.placing import place
 from jaxmem.training.playing import Played, Player, resampled
 from jaxmem.training.prompts import batch_of
 from jaxmem.training.trees import Tree
+from jaxmem.training.vismem_stages import Stage
+
+INVOCATIONS = "invocations.npz"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Trainer:
       report: further metrics of the trainable tree, such as gates.
       folder: for samples and events.
       mesh: devices.
+      stage: of VisMem, or None.
     """
 
     config: GRPOConfig
@@ -69,6 +73,7 @@ class Trainer:
     report: Callable[[Tree], Metrics]
     folder: Path
     mesh: Any = None
+    stage: Stage | None = None
 
     def step(self, state: TrainState, rows: Rows, done: int) -> tuple[TrainState, Metrics]:
         """One step of the run: everything in it is a function of the state, the rows and `done`."""
@@ -77,8 +82,10 @@ class Trainer:
         began = time.perf_counter()
         samples = self._samples(played, compared)
         self._write(played, compared, done + 1)
-        state, learnt = self._learn(state, samples)
+        state, learnt = self.learn(state, samples)
         metrics = grpo_metrics.of_step(played, compared, learnt, attempts, self.config.rewards)
+        if self.stage is not None:
+            metrics |= vismem_stages.metrics(self.stage.config, played)
         metrics |= grpo_metrics.shares({**played.seconds, "update": time.perf_counter() - began})
         self._note(played, compared, bool(metrics["no_signal"]), done + 1)
         return dataclasses.replace(state, step=state.step + 1), {**metrics, **self.report(state.trainable)}
@@ -89,10 +96,15 @@ class Trainer:
         key = jax.random.fold_in(state.key, done)
         share = self.loop.p_block
         blind = blind_rows(self.seed, done, self.loop.batch_size, share) if share else None
+        sampler = self.sampler if self.stage is None else self.stage.sampler(self.sampler, done)
 
         def play(prompts: Sequence[Any], names: Sequence[str], attempt: int) -> Played:
             chosen = jax.random.fold_in(key, attempt)
-            return self.player(tree, prompts, names, chosen, self.sampler, self.config.group, blind)
+            again = lambda settings, group: self.player(tree, prompts, names, chosen, settings, group, blind)  # noqa: E731
+            played = again(sampler, self.config.group)
+            if self.stage is None:
+                return played
+            return self.stage.rewarded(played, np.asarray(self.config.rewards.weights), sampler, again)
 
         def again(attempt: int) -> Played | None:
             draw = np.random.default_rng((self.seed, done, attempt, 0xD4A0))
@@ -103,6 +115,8 @@ class Trainer:
         return resampled(play(rows.examples, rows.names, 0), dead, again, self.config.resample)
 
     def _compare(self, played: Played) -> Advantages:
+        if "shaped" in played.extra:
+            return advantages(self.config.advantage, played.extra["shaped"][..., None], np.ones(1))
         return advantages(self.config.advantage, played.rewards, np.asarray(self.config.rewards.weights))
 
     def _samples(self, played: Played, compared: Advantages) -> Samples:
@@ -110,11 +124,15 @@ class Trainer:
         rolled, rows = played.rolled, self.loop.batch_size
         width = _width(int(rolled.lengths.max()), self.config.max_new_tokens)
         fill = lambda leaf: np.pad(leaf, [(0, rows - len(leaf))] + [(0, 0)] * (leaf.ndim - 1))  # noqa: E731
-        mask = rolled.kinds == Slot.TEXT
+        mask = np.isin(rolled.kinds, (Slot.TEXT, Slot.INVOKE))
         mask &= ~(compared.dead[:, None] | np.isnan(compared.reward))[..., None]
         if self.config.mask_truncated:
             mask &= ~rolled.truncated[..., None]
-        player = self.player
+        player, spliced, memories = self.player, None, None
+        if self.stage is not None:
+            cut = jax.tree.map(lambda leaf: leaf[..., :width], (rolled.tokens, rolled.kinds, rolled.permits))
+            short = dataclasses.replace(rolled, tokens=cut[0], kinds=cut[1], permits=cut[2])
+            spliced, memories = jax.tree.map(fill, self.stage.spliced(short)), fill(rolled.memories)
         return Samples(
             prompts=batch_of(played.prompts, player.buckets, player.processor.pad_token, rows, played.blind),
             tokens=fill(rolled.tokens[..., :width]),
@@ -122,9 +140,11 @@ class Trainer:
             mask=fill(mask[..., :width].astype(np.float32)),
             old=fill(rolled.logprobs[..., :width]),
             advantages=fill(compared.advantage.astype(np.float32)),
+            spliced=spliced,
+            memories=memories,
         )
 
-    def _learn(self, state: TrainState, samples: Samples) -> tuple[TrainState, grpo_metrics.Learnt]:
+    def learn(self, state: TrainState, samples: Samples) -> tuple[TrainState, grpo_metrics.Learnt]:
         """All updates of the step."""
         config = self.config
         cut = lambda leaf: np.split(np.asarray(leaf), config.minibatches)  # noqa: E731
@@ -188,16 +208,34 @@ def evaluator(
     settings = dataclasses.replace(trainer.sampler, temperature=config.eval_temperature)
     player = dataclasses.replace(trainer.player, buckets=buckets, rows=data.batch_size)
 
+    stage = trainer.stage
+    trials = {"": settings} if stage is None else stage.trials(settings)
+
     def evaluate(state: TrainState) -> dict[str, float]:
-        tree = trees.merge(trainer.cast(state.trainable), trainer.frozen)
-        played = [
-            player(tree, rows.examples, rows.names, jax.random.key(seed + i), settings, config.eval_group)
-            for i, rows in enumerate(data.epoch())
-        ]
-        whole = functools.reduce(lambda a, b: a + b, played)
-        return {f"eval/{name}": value for name, value in grpo_metrics.of_rewards(whole, config.rewards).items()}
+        tree, found = trees.merge(trainer.cast(state.trainable), trainer.frozen), {}
+        for name, sampling in trials.items():
+            played = [
+                player(tree, rows.examples, rows.names, jax.random.key(seed + i), sampling, config.eval_group)
+                for i, rows in enumerate(data.epoch())
+            ]
+            whole = functools.reduce(lambda a, b: a + b, played)
+            about = grpo_metrics.of_rewards(whole, config.rewards)
+            if stage is not None and not name:
+                about |= vismem_stages.metrics(stage.config, whole)
+                hosts.once("the invocations", lambda whole=whole: _keep_invocations(trainer, stage, whole))
+            if name:  # of a control the reward alone is of interest
+                about = {"reward": about["reward"]}
+            found |= {f"eval/{name}/{key}" if name else f"eval/{key}": value for key, value in about.items()}
+        return found
 
     return evaluate
+
+
+def _keep_invocations(trainer: Trainer, stage: Stage, played: Played) -> None:
+    """Writes where memories came in the last evaluation, for `jaxmem.analysis.invocations`."""
+    rolled = played.rolled
+    types = vismem_stages.types_of(stage.config, rolled)
+    np.savez_compressed(trainer.folder / INVOCATIONS, kinds=rolled.kinds, types=types, lengths=rolled.lengths)
 
 
 def caster(dtype: Any) -> Callable[[Tree], Tree]:

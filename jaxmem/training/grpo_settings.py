@@ -10,6 +10,7 @@ from jaxmem.sampling.logits import SamplerConfig
 from jaxmem.training.advantages import AdvantageConfig
 from jaxmem.training.policy import LossConfig
 from jaxmem.training.rewards.settings import RewardConfig
+from jaxmem.training.vismem_settings import VisMemStage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class GRPOConfig:
       eval_temperature: of an evaluation; 0 takes the most likely tokens.
       samples: prompts whose completions a step writes to `samples.jsonl`.
       samples_every: steps between two such steps.
+      vismem: which stage of VisMem the run is; None for every other memory.
     """
 
     rewards: RewardConfig
@@ -60,6 +62,7 @@ class GRPOConfig:
     eval_temperature: float = 0.0
     samples: int = 2
     samples_every: int = 10
+    vismem: VisMemStage | None = None
 
     def __post_init__(self) -> None:
         if self.group < 2:

@@ -8,7 +8,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +71,22 @@ def cross_entropy(
     return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), _nothing(), chunks)[0]
 
 
+class Control(NamedTuple):
+    """Tokens behind the tokenizer's, which may stand in some places alone (VisMem).
+
+    Attributes:
+      rows: [X, D] float, their rows of the head.
+      bias: [X] float, added to their logits.
+      allowed: [B, N, X] bool, which of them could be sampled.
+      first: int32 scalar, the id of the first; rows of the head from there on stand for no token.
+    """
+
+    rows: jax.Array
+    bias: jax.Array
+    allowed: jax.Array
+    first: jax.Array
+
+
 def token_logprobs(
     hidden: jax.Array,
     unembedding: jax.Array,
@@ -78,8 +94,9 @@ def token_logprobs(
     mask: jax.Array,
     temperature: float = 1.0,
     chunk: int = 2048,
+    control: Control | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of every token under softmax(logits / temperature), over the full vocabulary.
+    """Log-probability of every token under softmax(logits / temperature), over all that could be sampled.
 
     Args:
       hidden: [B, N, D] float states in front of the tokens, after the final norm.
@@ -88,6 +105,7 @@ def token_logprobs(
       mask: [B, N] tokens that are wanted; a chunk without any costs nothing.
       temperature: that of the sampling.
       chunk: see `cross_entropy`.
+      control: tokens beside the vocabulary; None where the vocabulary [V] is all.
 
     Returns:
       (log-probabilities, entropies of their distributions), both [B, N] float32 in nats and 0 outside the mask. The
@@ -103,23 +121,52 @@ def token_logprobs(
             " should be [B, N, D], [V, D], [B, N] and [B, N]"
         )
     unembedding, parts = constrain(unembedding, "head"), ways("tensor")
-    pieces = jax.tree.map(lambda leaf: _chunks(leaf, chunk * ways(*ROWS) // rows, parts), (hidden, tokens, mask > 0))
+    allowed = None if control is None else control.allowed
+    pieces = jax.tree.map(
+        lambda leaf: _chunks(leaf, chunk * ways(*ROWS) // rows, parts), (hidden, tokens, mask > 0, allowed)
+    )
 
-    def score(hidden: jax.Array, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def score(
+        hidden: jax.Array, tokens: jax.Array, mask: jax.Array, allowed: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         logits = _logits(hidden, unembedding) / temperature
-        total = jax.nn.logsumexp(logits, axis=-1)
-        here = jnp.arange(logits.shape[-1]) == tokens[..., None]
-        logprobs = jnp.sum(jnp.where(here, logits, 0.0), axis=-1) - total
-        free = jax.lax.stop_gradient(logits), jax.lax.stop_gradient(total)
-        entropy = free[1] - jnp.sum(jnp.exp(free[0] - free[1][..., None]) * free[0], axis=-1)
-        return jnp.where(mask, logprobs, 0.0), jnp.where(mask, entropy, 0.0)
+        ids, wanted = jnp.arange(logits.shape[-1]), tokens[..., None]
+        if control is not None:
+            logits = jnp.where(ids < control.first, logits, -jnp.inf)
+        total, here = jax.nn.logsumexp(logits, axis=-1), ids == wanted
+        chosen = jnp.sum(jnp.where(here, logits, 0.0), axis=-1)
+        free = jax.lax.stop_gradient(logits)
+        if control is not None:
+            own = _control_logits(control, hidden, allowed) / temperature
+            chosen = _chosen_control(control, tokens, own, chosen)
+            total = jnp.logaddexp(total, jax.nn.logsumexp(own, axis=-1))
+            free = jnp.concatenate([free, jax.lax.stop_gradient(own)], axis=-1)
+        level = jax.lax.stop_gradient(total)
+        spread = jnp.exp(free - level[..., None]) * jnp.where(jnp.isfinite(free), free, 0.0)
+        entropy = level - jnp.sum(spread, axis=-1)
+        return jnp.where(mask, chosen - total, 0.0), jnp.where(mask, entropy, 0.0)
 
-    def body(_: None, piece: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+    def body(_: None, piece: Any) -> tuple[None, tuple[jax.Array, jax.Array]]:
         nothing = jnp.zeros(piece[1].shape, jnp.float32)
         return None, jax.lax.cond(jnp.any(piece[2]), lambda: score(*piece), lambda: (nothing, nothing))
 
     _, found = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), None, pieces)
     return _joined(found[0], parts)[:, :length], _joined(found[1], parts)[:, :length]
+
+
+def _control_logits(control: Control, hidden: jax.Array, allowed: jax.Array | None) -> jax.Array:
+    """float32 [B, C, X], -inf where a token could not be sampled."""
+    rows = control.rows.astype(hidden.dtype)
+    own = jnp.einsum("bcd,xd->bcx", hidden, rows, preferred_element_type=jnp.float32) + control.bias
+    return jnp.where(allowed, own, -jnp.inf)
+
+
+def _chosen_control(control: Control, tokens: jax.Array, own: jax.Array, chosen: jax.Array) -> jax.Array:
+    """The logits [B, C] of the tokens, where they are control tokens of `own` [B, C, X], else `chosen`."""
+    place = tokens - control.first
+    here = jnp.arange(own.shape[-1]) == place[..., None]
+    mine = jnp.sum(jnp.where(here & jnp.isfinite(own), own, 0.0), axis=-1)
+    return jnp.where(place >= 0, mine, chosen)
 
 
 def _next(leaf: jax.Array) -> jax.Array:

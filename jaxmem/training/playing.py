@@ -21,6 +21,7 @@ from jaxmem.distributed import hosts
 from jaxmem.model import Spec
 from jaxmem.sampling.logits import SamplerConfig
 from jaxmem.sampling.rollout import Rollout, rollout
+from jaxmem.sampling.slots import text_tokens
 from jaxmem.training.placing import put
 from jaxmem.training.prompts import Prompt, batch_of
 from jaxmem.training.rewards.runner import RewardRunner, Scored
@@ -41,6 +42,8 @@ class Played:
       rewards: [B, G, F] float64, NaN where a function does not apply or failed.
       scored: one account per call of the reward functions.
       seconds: wall time by phase, "rollout" and "reward".
+      extra: what a stage of VisMem played and made beside, [B, G] float64 by name; "shaped" is learnt from instead of
+        the weighted rewards.
     """
 
     prompts: tuple[Prompt, ...]
@@ -51,6 +54,7 @@ class Played:
     rewards: np.ndarray
     scored: tuple[Scored, ...]
     seconds: dict[str, float]
+    extra: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Played:
         """Some of the prompts; the accounts stay whole."""
@@ -63,6 +67,7 @@ class Played:
             blind=self.blind[index],
             texts=tuple(self.texts[i] for i in index),
             rewards=self.rewards[index],
+            extra={name: values[index] for name, values in self.extra.items()},
         )
 
     def __add__(self, other: Played) -> Played:
@@ -75,6 +80,7 @@ class Played:
             np.concatenate([self.rewards, other.rewards]),
             self.scored + other.scored,
             {phase: seconds + other.seconds[phase] for phase, seconds in self.seconds.items()},
+            {name: np.concatenate([values, other.extra[name]]) for name, values in self.extra.items()},
         )
 
 
@@ -130,8 +136,8 @@ class Player:
         batch = batch_of(prompts, self.buckets, self.processor.pad_token, self.rows, blind)
         rolled = jax.tree.map(lambda leaf: leaf[:count], self._sample(tree, batch, settings, key, group))
         texts = tuple(
-            tuple(self.processor.decode(ids[:length].tolist()) for ids, length in zip(*member, strict=True))
-            for member in zip(rolled.tokens, rolled.lengths, strict=True)
+            tuple(self.processor.decode(text_tokens(*one)) for one in zip(*member, strict=True))
+            for member in zip(rolled.tokens, rolled.kinds, rolled.lengths, strict=True)
         )
         sampled = time.perf_counter()
         # Gates may lie on several hosts, so all of them read.
@@ -158,7 +164,8 @@ class Player:
         assert self.rewards is not None, "the first host judges"
         group = rolled.tokens.shape[1]
         repeated = [prompt for prompt in prompts for _ in range(group)]
-        ids = [row[:length].tolist() for row, length in _members(rolled.tokens, rolled.lengths)]
+        members = zip(*(_flat(leaf) for leaf in (rolled.tokens, rolled.kinds, rolled.lengths)), strict=True)
+        ids = [text_tokens(*member) for member in members]
         names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
         columns = {name: [prompt.columns.get(name) for prompt in repeated] for name in names}
         mean = [
@@ -176,6 +183,11 @@ class Player:
                 for one, end, level in zip(ids, cut, mean, strict=True)
             ],
         )
+
+
+def _flat(leaf: np.ndarray) -> np.ndarray:
+    """[B, G, ...] -> [B * G, ...]."""
+    return leaf.reshape(-1, *leaf.shape[2:])
 
 
 def _members(values: np.ndarray, lengths: np.ndarray) -> Any:

@@ -25,11 +25,13 @@ class Prompt:
       example: encoded, up to where the completion starts.
       messages: the chat.
       columns: everything else that the record says, for rewards.
+      answer: tokens of the reference answer, the stop token included; None where it was not asked for or is not there.
     """
 
     example: Example
     messages: list[dict[str, Any]]
     columns: Mapping[str, Any]
+    answer: tuple[int, ...] | None = None
 
     @property
     def images(self) -> list[Any]:
@@ -46,18 +48,23 @@ class Prompt:
         return " ".join(part["text"] for part in content if part.get("type") == "text")
 
 
-def encoder(processor: Processor) -> Callable[[Any], Prompt]:
+def encoder(processor: Processor, answers: bool = False) -> Callable[[Any], Prompt]:
     """record -> Prompt. A record's last assistant turn is what is asked for, not part of the prompt; it becomes the
-    column "solution" unless the record has one."""
+    column "solution" unless the record has one, and with `answers` the prompt's `answer`."""
 
     def encode(record: Any) -> Prompt:
-        messages, columns = messages_of(record), columns_of(record)
+        messages, columns, answer = messages_of(record), columns_of(record), None
+        whole = messages
         if messages and messages[-1].get("role") == "assistant":
             columns = {"solution": messages[-1]["content"], **columns}
             messages = messages[:-1]
         if not messages:
             raise DataError("a prompt needs at least one message that is not the assistant's")
-        return Prompt(processor.encode(messages, add_generation_prompt=True), messages, columns)
+        example = processor.encode(messages, add_generation_prompt=True)
+        if answers and len(messages) < len(whole):
+            full, start = processor.encode(whole), len(example)
+            answer = tuple(int(t) for t in full.tokens[start:][full.loss_mask[start:] > 0])
+        return Prompt(example, messages, columns, answer)
 
     return encode
 

@@ -27,7 +27,7 @@ from jaxmem.data.pipeline import Pipeline, Rejections, Rows
 from jaxmem.distributed import flags, hosts
 from jaxmem.distributed.mesh import current, make_mesh
 from jaxmem.errors import ConfigError
-from jaxmem.training import descent, grpo_job, loop, record, seeds, sft, trees
+from jaxmem.training import descent, grpo_job, loop, record, seeds, sft, stages, trees
 from jaxmem.training.descent import TrainState
 from jaxmem.training.encoding import encoders, open_source
 from jaxmem.training.loop import Job
@@ -65,10 +65,10 @@ def main(config: Any) -> int:
     config = configs.build(TrainConfig, config, "config")
     start(config)
     if config.seeds:
-        seeds.each(config, train)
+        seeds.each(config, in_stages)
         hosts.once("the report over the seeds", lambda: _report_seeds(config))
         return 0
-    result = train(config)
+    result = in_stages(config)
     if not hosts.first():
         return 0
     for name in ("loss", "accuracy", "reward", "eval/loss", "eval/accuracy", "eval/reward"):
@@ -78,10 +78,16 @@ def main(config: Any) -> int:
     return 0
 
 
+def in_stages(config: TrainConfig) -> Result:
+    """`train`, or every stage of the configuration one after the other; the result of the last."""
+    return train(config) if config.stages is None else stages.each(config, train)[-1]
+
+
 def _report_seeds(config: TrainConfig) -> None:
-    for spread in seeds.spreads(config.output, config.seeds):
-        print(spread)
-    if config.grpo is not None:
+    for stage in sorted(config.stages or ("",)):
+        for spread in seeds.spreads(config.output, config.seeds, stage):
+            print(f"{stage}: {spread}" if stage else spread)
+    if config.stages is None and config.grpo is not None:
         _report("seeds", config.output, config.seeds)
     print(f"results are in {config.output}")
 
@@ -111,8 +117,11 @@ def train(config: TrainConfig | Mapping[str, Any]) -> Result:
     """
     if not isinstance(config, TrainConfig):
         config = configs.build(TrainConfig, config, "config")
-    if config.seeds:
-        raise ConfigError("train makes one run; for config.seeds use jaxmem.training.seeds.each, or `jaxmem train`")
+    if config.seeds or config.stages:
+        raise ConfigError(
+            "train makes one run; for config.seeds and config.stages use jaxmem.training.seeds.each and"
+            " jaxmem.training.stages.each, or `jaxmem train`"
+        )
     began = time.monotonic()
     start(config)
     with hosts.together(), Signals(wait=False):

@@ -13,9 +13,18 @@ import numpy as np
 
 from jaxmem.training import metrics
 from jaxmem.training.settings import TrainConfig
+from jaxmem.training.vismem_settings import CONTROLS
 
 FILE, COMPILED = "seeds.json", "compiled"
-WATCHED = ("eval/reward", "eval/loss", "eval/accuracy", "reward", "loss", "accuracy")
+WATCHED = (
+    "eval/reward",
+    *(f"eval/{control}/reward" for control in CONTROLS),
+    "eval/loss",
+    "eval/accuracy",
+    "reward",
+    "loss",
+    "accuracy",
+)
 """What the table may show; of the evaluated ones those that a run has, else of the training steps."""
 
 
@@ -63,9 +72,10 @@ def each(config: TrainConfig, train: Callable[[TrainConfig], Any]) -> list[Any]:
     ]
 
 
-def spreads(folder: str | Path, seeds: Sequence[int]) -> list[Spread]:
-    """The watched metrics of finished runs in `folder/seed_N`; also written to `folder/seeds.json`."""
-    runs = [metrics.read(Path(folder) / f"seed_{seed}") for seed in seeds]
+def spreads(folder: str | Path, seeds: Sequence[int], stage: str = "") -> list[Spread]:
+    """The watched metrics of finished runs in `folder/seed_N`, or of their stage in `folder/seed_N/<stage>`; also
+    written to `folder/seeds.json`, or `folder/seeds_<stage>.json`."""
+    runs = [metrics.read(Path(folder) / f"seed_{seed}" / stage) for seed in seeds]
     found = []
     for name in WATCHED:
         values = [[line[name] for line in run if line.get(name) is not None] for run in runs]
@@ -73,7 +83,8 @@ def spreads(folder: str | Path, seeds: Sequence[int]) -> list[Spread]:
         if all(values) and (name.startswith("eval/") or not evaluated):
             found.append(Spread(name, tuple(seeds), tuple(v[0] for v in values), tuple(v[-1] for v in values)))
     text = json.dumps([dataclasses.asdict(one) for one in found], indent=2)
-    (Path(folder) / FILE).write_text(text + "\n", encoding="utf-8")
+    file = f"seeds_{stage}.json" if stage else FILE
+    (Path(folder) / file).write_text(text + "\n", encoding="utf-8")
     return found
 
 

@@ -88,6 +88,8 @@ class TrainConfig:
       grpo: how completions are sampled, judged and learnt from; None is supervised fine-tuning.
       seed: of the memory's weights, the data's order, the blindfolds, dropout and sampling.
       seeds: several seeds make one run each, in `output/seed_N`, and a table of mean and spread over them.
+      stages: {name: values that it replaces}: several runs in `output/<name>`, in the order of the names, each from the
+        memory that the one before it left; None makes one run.
       optimizer: AdamW and its schedule.
       loop: steps, batches, evaluations, checkpoints.
       mesh: devices.
@@ -116,6 +118,7 @@ class TrainConfig:
     grpo: GRPOConfig | None = None
     seed: int = 42
     seeds: tuple[int, ...] = ()
+    stages: Mapping[str, Mapping[str, Any]] | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     loop: LoopConfig = LoopConfig()
     mesh: MeshConfig = MeshConfig()

@@ -1,0 +1,45 @@
+"""One command, several runs: each stage goes on from the memory that the one before it left."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxmem import config as configs
+from jaxmem.training.settings import TrainConfig
+
+
+def each(config: TrainConfig, train: Callable[[TrainConfig], Any]) -> list[Any]:
+    """Trains every stage of `config.stages` in `output/<stage>`, in the order of their names; what `train` returned of each.
+
+    A stage is the whole configuration with some values replaced. Stages that are done are not done again: they resume
+    at their end.
+
+    Raises:
+      ConfigError: a stage replaces a key that does not exist, or values that do not fit; the message names it.
+    """
+    return [train(one) for one in plan(config)]
+
+
+def plan(config: TrainConfig) -> list[TrainConfig]:
+    """The runs of `each`."""
+    runs: list[TrainConfig] = []
+    whole = {**dataclasses.asdict(config), "stages": None}
+    for name, changes in sorted((config.stages or {}).items()):
+        values = _replaced(whole, changes)
+        values["output"] = str(Path(config.output) / name)
+        if runs and "memory_folder" not in changes:
+            values["memory_folder"] = str(Path(runs[-1].output) / "memory")
+        runs.append(configs.build(TrainConfig, values, f"stages.{name}"))
+    return runs
+
+
+def _replaced(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values with nested changes; what is no mapping on both sides is replaced as a whole."""
+    found = dict(values)
+    for key, change in changes.items():
+        both = isinstance(change, Mapping) and isinstance(values.get(key), Mapping)
+        found[key] = _replaced(values[key], change) if both else change
+    return found
