@@ -16,7 +16,7 @@ ROWS = ("memory/vismem/rows/embed", "memory/vismem/rows/unembed/invoke")
 
 def get_config() -> ConfigDict:
     boards = {"split": "train", "seed": 11, "k": (0, 256), "n": (4,), "size": 100_000, "group": 1}
-    buckets = {"tokens": (48, 304), "patches": (64,)}
+    buckets = {"tokens": (48, 176, 304), "patches": (64,)}
     data = {"source": "boards", "buckets": buckets, "threads": 1, "prefetch": 4}
     return ConfigDict(
         {
@@ -31,24 +31,27 @@ def get_config() -> ConfigDict:
                 "queries": 8,
                 "short": 8,
                 "long": 16,
-                "builder_length": 128,
-                "text_cap": 48,
+                "builder_length": 56,
+                "text_cap": 24,
                 "rank": 16,
                 "alpha": 32.0,
                 "short_targets": ("q", "k", "v", "o", "gate", "up", "down"),
                 "long_targets": ("q", "k", "v", "o", "gate", "up", "down"),
                 "visual_source": "vision_merger",
-                "row_token": "#",
+                "row_token": "K",
+                "invoke_bias": 8.0,
                 "out_norm": False,
             },
             "memory_folder": None,
+            "adapter_folder": None,
+            "lora": None,
             "trainable": FORMERS,
             "data": {**data, "boards": boards},
             "evaluation": {**data, "boards": {**boards, "split": "test", "size": 128}},
             "grpo": {
                 "rewards": {"functions": ({"name": "board", "weight": 1.0, "read": 1.0},)},
                 "group": 8,
-                "max_new_tokens": 60,
+                "max_new_tokens": 48,
                 "temperature": 1.0,
                 "loss": {"kind": "dapo", "clip_low": 0.2, "clip_high": 0.2, "kl_weight": 0.0},
                 "advantage": {"scale": "group", "aggregate": "sum_then_normalize", "ddof": 0},
@@ -61,7 +64,8 @@ def get_config() -> ConfigDict:
                 "samples_every": 10,
                 "vismem": {
                     "stage": "memory",
-                    "invoke": {"probability": 0.5, "max_invocations": 1, "min_gap": 1},
+                    "bare": 0.0,
+                    "invoke": {"probability": 0.5, "max_invocations": 1, "min_gap": 1, "anywhere": False},
                     "anywhere_from": 0.5,
                     "probability_anywhere": 0.1,
                     "baseline": "none",
@@ -85,6 +89,7 @@ def get_config() -> ConfigDict:
                 "steps": 400,
                 "batch_size": 32,
                 "accumulate": 1,
+                "p_block": 0.0,
                 "eval_every": 0,
                 "checkpoint_every": 100,
                 "checkpoint_seconds": 60.0,
@@ -97,14 +102,43 @@ def get_config() -> ConfigDict:
             "mesh": {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1},
             "hosts": {"start": "auto", "timeout_s": 900.0, "heartbeat_s": 100},
             "remat": False,
+            "experiment": None,
             "stages": {
-                "1_warm_up": {"grpo": {"vismem": {"stage": "warm_up"}}},
+                "0_bearing": {
+                    "evaluation": None,
+                    "lora": {"rank": 16, "alpha": 32.0},
+                    "trainable": ("base/**/lora_a", "base/**/lora_b"),
+                    "data": {"boards": {"seed": 13, "k": (0, 0, 128)}},
+                    "grpo": {"max_new_tokens": 48, "vismem": {"stage": "warm_up", "bare": 0.5}},
+                    "optimizer": {"learning_rate": 5e-3, "warmup_ratio": 0.05},
+                    "loop": {"steps": 130, "batch_size": 32, "p_block": 0.25},
+                },
+                "1_warm_up": {
+                    "evaluation": None,
+                    "data": {
+                        "boards": {"seed": 12, "k": (0, 0, 0, 256), "n": (4,)},
+                    },
+                    "grpo": {"max_new_tokens": 48, "vismem": {"stage": "warm_up"}},
+                    "optimizer": {"learning_rate": 4e-3, "warmup_ratio": 0.05},
+                    "loop": {"steps": 220, "batch_size": 32, "p_block": 0.75},
+                },
                 "2_memory": {
-                    "optimizer": {"learning_rate": 1e-4, "warmup_ratio": 0.2},
-                    "loop": {"steps": 40, "batch_size": 8},
+                    "grpo": {"vismem": {"controls": ("off", "shuffle")}},
+                    "optimizer": {"learning_rate": 3e-4, "warmup_ratio": 0.2},
+                    "loop": {"steps": 30, "batch_size": 8},
                 },
                 "3_invocation": {
                     "trainable": ROWS,
+                    "experiment": {
+                        "name": "digit_vismem",
+                        "k": (0, 256),
+                        "boards": 128,
+                        "batch_size": 64,
+                        "cells": 4,
+                        "seed": 5,
+                        "max_new_tokens": 48,
+                    },
+                    "evaluation": None,
                     "grpo": {"vismem": {"stage": "invocation"}},
                     "optimizer": {
                         "learning_rate": 1e-2,

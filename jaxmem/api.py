@@ -28,6 +28,7 @@ from jaxmem.data.batching import Buckets, collate
 from jaxmem.data.processor import Processor, load_processor
 from jaxmem.distributed.mesh import AXES, current, shardings
 from jaxmem.errors import ConfigError
+from jaxmem.memory import former
 from jaxmem.memory.registry import memory as memory_module
 from jaxmem.memory.vismem import TYPES
 from jaxmem.model import Spec
@@ -90,6 +91,8 @@ class Model:
         if memory == "vismem":
             settings = control.settings_for(self.processor.tokenizer, settings)
         config = memory_module(memory).create(self.spec.backbone, **settings) if isinstance(memory, str) else memory
+        if config.name == "vismem":
+            control.check(self.processor.tokenizer, config)
         init = jax.jit(memory_module(config.name).init, static_argnums=1)
         params = init(jax.random.key(0) if key is None else key, config, self.base)
         return self._with(config, params)
@@ -221,9 +224,15 @@ class Model:
         every: int | None = 8,
         **settings: Any,
     ) -> Iterator[list[Completion]]:
-        """Like `generate`, but yields the growing answers after every few tokens."""
+        """Like `generate`, but yields the growing answers after every few tokens.
+
+        Raises:
+          DataError: prompts do not fit, or with VisMem have more visual states than it may refuse (`overflow`).
+        """
         options = self.sampler(**settings)
         batch = self.batch(chats, buckets=buckets)
+        if self.spec.vismem is not None:
+            former.check_spans(self.spec.vismem, batch)
         every = every or options.max_new_tokens
         for part in sampling.stream(self.spec, self.base, self.memory, batch, options, key, every):
             rows = zip(part.tokens, part.logprobs, part.kinds, part.lengths, strict=True)

@@ -104,6 +104,13 @@ VERBS: Mapping[str, Verb] = {
         argument="FILE",
         example="jaxmem reward completions.jsonl --function=pvm --function=math",
     ),
+    "invocations": Verb(
+        "jaxmem.analysis.invocations_cli:main",
+        "show where a trained VisMem called for memory, by type and place",
+        (_JSON,),
+        argument="RUN",
+        example="jaxmem invocations runs/digits_vismem/seed_0/3_invocation",
+    ),
     "plan": Verb(
         "jaxmem.planning.cli:main",
         "say what a run would need on a TPU pod or GPUs, without having them",

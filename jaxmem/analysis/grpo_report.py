@@ -18,10 +18,12 @@ import numpy as np
 from PIL import Image
 
 from jaxmem.analysis import grpo_curves as curves
+from jaxmem.analysis import invocations, invocations_cli
 from jaxmem.analysis import report as html
 from jaxmem.analysis.grpo_curves import History
 from jaxmem.analysis.report import Charts, Table
 from jaxmem.training import loop, metrics, record
+from jaxmem.training.grpo_run import INVOCATIONS
 
 REPORT = "report.html"
 _LONGEST, _PROMPT = 4000, 500
@@ -89,7 +91,7 @@ def write(folder: str | Path) -> Path:
         subtitle=time.strftime("%d %B %Y, %H:%M"),
         summary=summary(history),
         table=results(history),
-        charts=curves.all_charts(history),
+        charts=(*curves.all_charts(history), *_invocations(folder)),
         facts=facts(history, config),
         details=(("Settings", html.flat(config)), ("Versions", html.flat(about.get("versions") or {}))),
         samples_text="Whole groups, as they were sampled in the first and the last steps that were written down. The"
@@ -97,6 +99,15 @@ def write(folder: str | Path) -> Path:
         samples=groups(folder),
         events=events(folder),
     ).write(folder / REPORT)
+
+
+def _invocations(folder: Path) -> tuple[Charts, ...]:
+    """Where memories came in the last evaluation, of a run of VisMem."""
+    if not (folder / INVOCATIONS).is_file():
+        return ()
+    found = invocations_cli.read(folder)
+    text = "Share of the answers that call for a memory, over the place in the answer (last evaluation)."
+    return (Charts("Invocations", (invocations.chart(found),), text),)
 
 
 def read_about(folder: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ BENCHES: Mapping[str, str] = {
     "decode": "jaxmem.bench.decoding",
     "grpo": "jaxmem.bench.rollouts",
     "loading": "jaxmem.bench.loading",
+    "vismem": "jaxmem.bench.invocations",
 }
 
 

@@ -29,6 +29,8 @@ def settings_for(tokenizer: Any, settings: dict[str, Any]) -> dict[str, Any]:
     official = settings.get("preset") == "official"
     token = settings.get("row_token", "<|im_end|>" if official else ".")
     id_ = tokenizer.get_vocab().get(token)
+    if token is None:
+        return {"vocab": len(tokenizer), **settings}
     if id_ is None:
         raise ConfigError(
             f"vismem.row_token: {token!r} is no token of the tokenizer; name one whose rows may be copied"

@@ -12,9 +12,10 @@ PVM's one key head (0.8 MB), step counters and random keys.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -72,8 +73,13 @@ ACTIVATIONS: Mapping[str, P] = {
     "next_logits": P(None, "tensor"),  # [B * G, V] of one generated token each, as they are computed
     "token": P(None, None, PIECES),  # [B, G, D] one generated token each: weights stay where they are
     "scores": P((*ROWS, "sequence"), None),  # [B * G, V] the same, as they are drawn from
+    "members": P(ROWS, "sequence", None, None),  # [B, G, C, D] states of continuations
+    "prefixes": P(None, None, ROWS, None, "tensor", None),  # [2, L, B, Y, K, H] what VisMem's formers keep of images
 }
 """Activations, by the names that the forward passes use in `constrain`."""
+
+
+_MEMBERS = contextvars.ContextVar("members", default=False)
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, sequence: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
@@ -176,6 +182,8 @@ def ambient() -> AbstractMesh | None:
 def ways(*axes: str) -> int:
     """Devices along some axes of the current mesh; 1 without one."""
     mesh = ambient()
+    if _MEMBERS.get():
+        axes = _of_members(axes) or ()
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
 
 
@@ -188,7 +196,27 @@ def constrain(x: Any, name: str) -> Any:
     """An activation where `ACTIVATIONS[name]` wants it on the current mesh; unchanged without a mesh."""
     if (mesh := ambient()) is None:
         return x
-    return jax.lax.with_sharding_constraint(x, activation_sharding(mesh, x.shape, name))
+    spec = ACTIVATIONS[name]
+    spec = P(*map(_of_members, spec)) if _MEMBERS.get() else spec
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _fitted(spec, x.shape, mesh)))
+
+
+@contextlib.contextmanager
+def members_as_rows() -> Iterator[None]:
+    """In this block the rows [B * G] of a batch are members of groups: `sequence` shares them, not their tokens."""
+    token = _MEMBERS.set(True)
+    try:
+        yield
+    finally:
+        _MEMBERS.reset(token)
+
+
+def _of_members(axes: Any) -> Any:
+    """One dimension's entry of `ACTIVATIONS`, for `members_as_rows`."""
+    if axes == ROWS:
+        return (*ROWS, "sequence")
+    rest = tuple(name for name in ((axes,) if isinstance(axes, str) else axes or ()) if name != "sequence")
+    return rest or None
 
 
 def constrain_weights(tree: Any) -> Any:

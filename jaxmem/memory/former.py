@@ -10,11 +10,14 @@ the longer memory, L layers, D model width, R rank of both adapters together.
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmem.adapters import lora
 from jaxmem.backbones import decoder
@@ -23,6 +26,8 @@ from jaxmem.backbones.config import BackboneConfig
 from jaxmem.backbones.decoder import KeysValues, Look, Remat, Stream
 from jaxmem.backbones.layers import rms_normalise
 from jaxmem.backbones.registry import backbone as backbone_module
+from jaxmem.distributed import hosts
+from jaxmem.errors import DataError
 from jaxmem.memory import query_builder
 
 if TYPE_CHECKING:
@@ -39,17 +44,56 @@ class Seen:
 
 def spans(config: VisMemConfig, batch: Batch) -> Array:
     """[B, T] bool: tokens of images with the start and end tokens around them, of all images or of the first."""
-    tokens = jnp.asarray(batch.tokens)
-    end = tokens == config.vision_end
-    inside = (jnp.asarray(batch.is_visual) | (tokens == config.vision_start) | end) & (jnp.asarray(batch.segments) > 0)
+    end = batch.tokens == config.vision_end
+    inside = (batch.is_visual | (batch.tokens == config.vision_start) | end) & (batch.segments > 0)
     if config.visual_spans == "first":
-        inside &= jnp.cumsum(end, axis=1) - end == 0
+        inside = inside & (end.cumsum(axis=1) - end == 0)
     return inside
+
+
+def check_spans(config: VisMemConfig, batch: Batch) -> None:
+    """Looks on the host for prompts with more visual states than there is room for. All hosts call it at one place.
+
+    Args:
+      config: says what happens with them.
+      batch: prompts.
+
+    Raises:
+      DataError: there are such rows, and `overflow` is "error". With "subsample" a warning names them.
+    """
+    fields = ("tokens", "segments", "visual_rows")
+    found = hosts.fetch({name: getattr(batch, name) for name in fields})
+    counts = np.sum(spans(config, dataclasses.replace(batch, **found)), axis=1)
+    over = np.flatnonzero(counts > config.visual_cap)
+    if not len(over):
+        return
+    rows = ", ".join(f"row {row} has {counts[row]}" for row in over)
+    message = f"vismem: {rows} visual states, and memories are formed of at most {config.visual_cap} (visual_cap)"
+    advice = "show smaller images (max_pixels), lower vismem.text_cap or raise vismem.builder_length"
+    if config.overflow == "error":
+        raise DataError(f'{message}; {advice}, or set vismem.overflow="subsample"')
+    warnings.warn(f"{message}: they are taken at a uniform stride; to keep all, {advice}", stacklevel=3)
 
 
 def gather(config: VisMemConfig, batch: Batch, states: Array) -> Seen:
     """The states [B, T, D] of the images' spans, in order; more than `visual_cap` are taken at a uniform stride."""
-    inside = spans(config, batch)
+    return _packed(config, states, jnp.asarray(spans(config, batch)))
+
+
+def joined(config: VisMemConfig, old: Seen | None, new: Seen | None) -> Seen | None:
+    """The visual states after another turn, again at most `visual_cap`; with the spans "first", a row that has an image
+    keeps it alone."""
+    if old is None or new is None:
+        return old or new
+    fresh = new.valid
+    if config.visual_spans == "first":
+        fresh &= ~old.valid.any(axis=1, keepdims=True)
+    rows, valid = jnp.concatenate([old.rows, new.rows], axis=1), jnp.concatenate([old.valid, fresh], axis=1)
+    return _packed(config, rows, valid)
+
+
+def _packed(config: VisMemConfig, states: Array, inside: Array) -> Seen:
+    """The states [B, T, D] that are `inside` [B, T], without gaps, at a uniform stride where they exceed the cap."""
     room = min(inside.shape[1], config.visual_cap)
     order, count = jnp.argsort(~inside, axis=1, stable=True), jnp.sum(inside, axis=1)
     kept = jnp.minimum(count, room)
@@ -154,7 +198,7 @@ def form(
       remat: what of a layer a backward pass recomputes.
 
     Returns:
-      [W, N, D] in the backbone's dtype; of a short memory the first N_s vectors count.
+      [W, N, D] in the backbone's dtype; of the shorter type the last vectors are zero and do not count.
     """
     if not config.backprop_hidden:
         visual, text = jax.lax.stop_gradient((visual, text))
@@ -177,7 +221,8 @@ def form(
         past=past,
         remat=remat,
     )
-    return _finished(config, backbone, base, params, out[:, -config.longest :])
+    memory = _finished(config, backbone, base, params, out[:, -config.longest :])
+    return jnp.where(used[..., None], memory, 0)
 
 
 def _behind(visual: Seen | None, stream: Stream) -> Any:

@@ -78,7 +78,7 @@ class VisMemConfig:
       backprop_hidden: gradients flow into the states that a memory is formed of.
       out_norm: memories are scaled to the size of embeddings, times a learned scalar.
       row_token: whose rows the control tokens start from, with noise of standard deviation `row_noise`.
-      row_id: id of `row_token`; -1 starts from N(0, 0.02^2).
+      row_id: id of `row_token`; -1 (or no `row_token`) starts from N(0, 0.02^2).
       invoke_bias: added to the logits of both invocation tokens.
     """
 
@@ -112,7 +112,7 @@ class VisMemConfig:
     overflow: Literal["subsample", "error"] = "subsample"
     backprop_hidden: bool = False
     out_norm: bool = False
-    row_token: str = "."
+    row_token: str | None = "."
     row_noise: float = 1e-3
     row_id: int = -1
     invoke_bias: float = 0.0
@@ -299,8 +299,12 @@ def unembedding(config: VisMemConfig, params: Any) -> Array:
 def control_logits(config: VisMemConfig, params: Any, hidden: Array) -> Array:
     """float32 [..., 4] from normalised states [..., D]."""
     rows = unembedding(config, params).astype(hidden.dtype)
-    bias = config.invoke_bias * jnp.asarray([1.0, 0.0, 1.0, 0.0])
-    return jnp.einsum("...d,vd->...v", hidden, rows, preferred_element_type=jnp.float32) + bias
+    return jnp.einsum("...d,vd->...v", hidden, rows, preferred_element_type=jnp.float32) + bias(config)
+
+
+def bias(config: VisMemConfig) -> Array:
+    """[4] float32, added to the logits of the control tokens."""
+    return config.invoke_bias * jnp.asarray([1.0, 0.0, 1.0, 0.0])
 
 
 def prepare(config: VisMemConfig, params: Any, visual: Array | None, rows: Array, stream: Stream) -> None:
@@ -325,10 +329,13 @@ def seen(config: VisMemConfig, batch: Batch, embedded: Array, hidden: Array) -> 
 
 
 def append(old: Seen | None, new: Seen | None) -> Seen | None:
-    """The images after another turn; with the spans "first" they stay."""
-    if old is None or new is None:
-        return old or new
-    return Seen(*(jnp.concatenate(pair, axis=1) for pair in ((old.rows, new.rows), (old.valid, new.valid))))
+    """What is kept of a prompt whose next turn was not read yet; behind it comes `joined`."""
+    return old if new is None else new
+
+
+def joined(config: VisMemConfig, old: Seen | None, new: Seen | None) -> Seen | None:
+    """What is kept (`seen`) of a prompt and another turn together."""
+    return former.joined(config, old, new)
 
 
 def take(state: Seen | None, rows: Array) -> Seen | None:

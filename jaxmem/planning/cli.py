@@ -20,6 +20,7 @@ from jaxmem.planning.chips import Topology
 from jaxmem.planning.measure import plan_program
 from jaxmem.planning.programs import Program, Shape, backbone_of, programs
 from jaxmem.planning.report import Plan, ProgramPlan
+from jaxmem.training import stages
 from jaxmem.training.settings import MeshConfig, TrainConfig
 
 
@@ -37,7 +38,7 @@ def main(
     """Plans a configuration on one or several topologies and meshes; returns 0 when everything fits, else 1.
 
     Args:
-      config: as for `jaxmem train`.
+      config: as for `jaxmem train`; of one with `stages`, each stage is planned.
       topology: names such as "v5e:4x4"; several make a table.
       mesh: "fsdp=4,sequence=4"; several make a table; none takes the configuration's.
       tokens, patches: lengths of the batch; 0 takes the longest of the configuration's buckets.
@@ -50,18 +51,21 @@ def main(
         raise ConfigError("plan needs --topology, such as --topology=v5e:4x4; it may be given several times")
     places = [chips.topology(name) for name in topology]
     meshes = [_mesh_sizes(words) for words in mesh] or [dataclasses.asdict(built.mesh)]
-    shape = Shape.longest(built)
-    shape = Shape(tokens or shape.tokens, patches or shape.patches)
-    per_chip = built.loop.batch_size / places[0].chips
+    if scaling_svg is not None and built.stages:
+        raise ConfigError("--scaling_svg draws one run, and the configuration has stages; plan one of them")
     plans = []
     for place in places:
         for sizes in meshes:
-            chosen = dataclasses.replace(built, mesh=MeshConfig(**sizes))
-            if scaling_svg is not None:
-                rows = round(per_chip * place.chips)
-                chosen = dataclasses.replace(chosen, loop=dataclasses.replace(chosen.loop, batch_size=rows))
-            print(f"planning {place.name}", file=sys.stderr)
-            plans.append(plan(chosen, place, shape))
+            for stage, run in _runs(built).items():
+                chosen = dataclasses.replace(run, mesh=MeshConfig(**sizes))
+                if scaling_svg is not None:
+                    rows = round(run.loop.batch_size / places[0].chips * place.chips)
+                    chosen = dataclasses.replace(chosen, loop=dataclasses.replace(chosen.loop, batch_size=rows))
+                print(" ".join(("planning", place.name, stage)).rstrip(), file=sys.stderr)
+                shape = Shape.longest(run)
+                shape = Shape(tokens or shape.tokens, patches or shape.patches)
+                found = plan(chosen, place, shape)
+                plans.append(dataclasses.replace(found, name=f"{stage}: {found.name}" if stage else found.name))
     table = len(plans) > 1 or sweep
     if json:
         print(report.as_json(plans[0]) if len(plans) == 1 else f"[{', '.join(map(report.as_json, plans))}]")
@@ -70,6 +74,13 @@ def main(
     if scaling_svg is not None:
         _scale(plans, Path(scaling_svg), quiet=json)
     return 0 if all(one.fits for one in plans) else 1
+
+
+def _runs(config: TrainConfig) -> dict[str, TrainConfig]:
+    """The stages of a configuration by name; one without a name where there are none."""
+    if not config.stages:
+        return {"": config}
+    return dict(zip(sorted(config.stages), stages.plan(config), strict=True))
 
 
 def plan(config: TrainConfig, topology: Topology, shape: Shape | None = None) -> Plan:
@@ -105,7 +116,7 @@ def _compiled(program: Program, topology: Topology, mesh: Mesh, options: Mapping
         model_flops=program.flops,
         tokens=program.tokens,
         unknown_trips=program.trips,
-        branch_share={"DecoderLayer": program.branch_share},
+        branch_share=program.branch_share,
         options=options,
     )
 
@@ -123,7 +134,7 @@ def _by_arithmetic(
         width=text.width,
         kv_width=text.kv_heads * text.head_dim,
         remat=4 / 3 if learns else 1.0,
-        passes=(3 if learns else 1) * (program.trips or 1),
+        passes=(3 if learns else 1) * round(program.trips[0] if program.trips else 1),
         micro_batches=config.loop.accumulate if learns or program.name == "score" else 1,
         workspace=config.loss_chunk * text.vocab * 4.0 / sizes["tensor"] if learns else 0.0,
     )

@@ -128,13 +128,20 @@ class Program:
     notes: tuple[str, ...]
 
 
-def count(text: str, *, unknown_trips: float | None = None, branch_share: float | Mapping[str, float] = 1.0) -> Program:
+def count(
+    text: str,
+    *,
+    unknown_trips: float | Sequence[float] | None = None,
+    branch_share: float | Mapping[str, float] = 1.0,
+) -> Program:
     """Counts a program.
 
     Args:
       text: `compiled.as_text()`, of the TPU or the CPU compiler.
       unknown_trips: how often loops run whose count is not in the program, such as decoding until all rows are done;
-        None counts their bound where there is one, else a single pass.
+        None counts their bound where there is one, else a single pass. Several numbers go by nesting: passes of such
+        a loop, then of one inside it per pass of the one around it (0.3: in three of ten), and so on; the last number
+        holds for all that lie deeper.
       branch_share: share of a conditional's executions that take its costliest branch: one number, or numbers by
         regular expressions that are searched in the conditional's operation name ("memory"); the first match wins, and
         a conditional that none matches always takes the costliest.
@@ -142,7 +149,8 @@ def count(text: str, *, unknown_trips: float | None = None, branch_share: float 
     Raises:
       ValueError: the text is no HLO module.
     """
-    counter = _Counter(hlo_text.parse(text), unknown_trips, branch_share)
+    trips = (unknown_trips,) if isinstance(unknown_trips, float | int) else tuple(unknown_trips or ())
+    counter = _Counter(hlo_text.parse(text), trips, branch_share)
     counts, most = counter.total()
     return Program(counts, most, tuple(counter.loops), tuple(counter.branches), counter.notes(counts))
 
@@ -150,10 +158,11 @@ def count(text: str, *, unknown_trips: float | None = None, branch_share: float 
 class _Counter:
     """One walk over a module, from the entry down, with the counts of each part coming back up."""
 
-    def __init__(self, module: Module, unknown_trips: float | None, share: float | Mapping[str, float]):
+    def __init__(self, module: Module, unknown_trips: Sequence[float], share: float | Mapping[str, float]):
         self._module, self._unknown, self._shares = module, unknown_trips, share
         self._traffic = Traffic(module)
         self._fused: dict[str, Counts] = {}
+        self._inside_open = 0
         self.loops: list[Loop] = []
         self.branches: list[Branches] = []
 
@@ -219,15 +228,18 @@ class _Counter:
 
     def _while(self, frame: Frame, loop: Instruction) -> tuple[Counts, Counts]:
         found = hlo_loops.trips(self._module, frame, loop)
+        is_open = found.count is None
         if found.count is not None:
             times, known = float(found.count), "exact"
-        elif self._unknown is not None:
-            times, known = float(self._unknown), "given"
+        elif self._unknown:
+            times, known = float(self._unknown[min(self._inside_open, len(self._unknown) - 1)]), "given"
         else:
             times, known = (1.0, "unknown") if found.bound is None else (float(found.bound), "at most")
         self.loops.append(Loop(operation(loop), times, known))
+        self._inside_open += is_open
         called = [self._module.computations.get(loop.called(part) or "") for part in ("body", "condition")]
         parts = [self._computation(Frame(one, frame, loop)) for one in called if one is not None]
+        self._inside_open -= is_open
         weighted, most = (together([part[side] for part in parts]).times(times) for side in (0, 1))
         return weighted, most
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -28,7 +28,7 @@ def plan_program(
     devices: int = 0,
     model_flops: float = 0.0,
     tokens: float = 0.0,
-    unknown_trips: float | None = None,
+    unknown_trips: float | Sequence[float] | None = None,
     branch_share: float | Mapping[str, float] = 1.0,
     options: Mapping[str, Any] = MappingProxyType({}),
 ) -> ProgramPlan:

@@ -4,6 +4,11 @@ Convention: a multiplication and an addition are two operations. A forward pass 
 backward pass 2 more for the gradient of each activation that something below it needs, and 2 more for each weight that
 trains. Causal attention counts half of the square. Recomputation (remat) is not needed, so it does not count. Every row
 is taken to be as long as its bucket.
+
+A memory of VisMem takes the query builder, and the decoder without its head over visual and text states, queries and
+the mean of the types' vectors; adapters are left out. Every completion has as many memories as the caller says. Rollouts
+read the visual states once per prompt and type, training reads them for each memory. Where formers train, completions
+are read twice forwards: memories are formed of the states that the first pass leaves.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ import dataclasses
 from typing import Any
 
 from jaxmem.backbones import registry
+from jaxmem.memory.vismem import TYPES, VisMemConfig
 from jaxmem.model import Spec
 from jaxmem.training import trees
 
@@ -25,12 +31,16 @@ class Needed:
       trainable: what trains (shapes).
       tokens: T of a prompt or row.
       patches: P of a row.
+      memories: of VisMem in each completion.
+      text: states of the text that each of them is formed of.
     """
 
     spec: Spec
     trainable: Any
     tokens: int
     patches: int
+    memories: int = 0
+    text: int = 0
 
     @property
     def _layer(self) -> float:
@@ -55,18 +65,25 @@ class Needed:
         return 1.0 - self.spec.first_port_layer / self.spec.backbone.text.layers
 
     def _tower(self) -> float:
-        """The vision tower and its mergers, forwards; images are taken to fill all patches of a row in one frame."""
+        """The vision tower and its mergers, forwards; images are taken to fill all patches of a row in one frame.
+
+        Attention in windows is taken to fill them.
+        """
         vision = self.spec.backbone.vision
         shapes = registry.backbone(self.spec.backbone.model_type).shapes(self.spec.backbone)["visual"]
         blocks = trees.count(shapes["blocks"]) + trees.count(shapes["patch_embed"])
-        mergers = trees.count(shapes["merger"]) + trees.count(shapes["deepstack"])
-        attention = 4.0 * vision.depth * vision.width * self.patches**2
+        mergers = trees.count(shapes["merger"]) + trees.count(shapes.get("deepstack", {}))
+        windowed = vision.depth - len(vision.full_blocks) if vision.window else 0
+        pairs = (vision.depth - windowed) * self.patches + windowed * min(vision.window_patches, self.patches)
+        attention = 4.0 * vision.width * self.patches * pairs
         return 2.0 * (self.patches * blocks + self.patches / vision.merge_unit * mergers) + attention
 
     def _memory(self, tokens: float) -> float:
         """Branches of the memories for some tokens, which ask all visual rows."""
         rows, total = self.patches / self.spec.backbone.vision.merge_unit, 0.0
         for config in self.spec.memories:
+            if isinstance(config, VisMemConfig):
+                continue  # acts between tokens
             per_layer = 2 * config.width * config.latent + 2 * config.latent**2 + 3 * config.latent * config.mlp_width
             total += len(config.layers) * (2.0 * tokens * per_layer + 4.0 * tokens * rows * config.latent)
         return total
@@ -74,6 +91,41 @@ class Needed:
     def _decoder(self, tokens: float, pairs: float) -> float:
         """All layers without the head."""
         return self.spec.backbone.text.layers * (2.0 * tokens * self._layer + self._attention(pairs))
+
+    @property
+    def _visual(self) -> float:
+        """Visual states that a memory is formed of."""
+        assert self.spec.vismem is not None
+        return min(self.patches / self.spec.backbone.vision.merge_unit, self.spec.vismem.visual_cap)
+
+    def _builder(self) -> float:
+        """The queries of one memory, forwards."""
+        assert self.spec.vismem is not None
+        c = self.spec.vismem.builder
+        hidden = self._visual + min(self.text, self.spec.vismem.text_cap)
+        pairs = hidden**2 + c.queries * (hidden + c.queries)
+        return c.layers * ((hidden + c.queries) * 2.0 * c.width**2 * (4 + 2 * c.ff_mult) + 4.0 * c.width * pairs)
+
+    def _former(self) -> float:
+        """What follows the visual states of one memory, forwards."""
+        assert self.spec.vismem is not None
+        own = min(self.text, self.spec.vismem.text_cap) + self.spec.vismem.queries + sum(self.spec.vismem.sizes) / 2
+        return self._decoder(own, own * (self._visual + own / 2))
+
+    def _prefix(self) -> float:
+        """The visual states of a memory, forwards."""
+        return self._decoder(self._visual, self._visual**2 / 2)
+
+    def form(self) -> float:
+        """One memory from its states, forwards."""
+        return self._builder() + self._prefix() + self._former()
+
+    @property
+    def _forms(self) -> bool:
+        """Are memories formed again, because something trains that forms them?"""
+        return bool(self.memories) and any(
+            name != "rows" for name in self.trainable.get("memory", {}).get("vismem", {})
+        )
 
     def _backward(self, forward: float, tokens: float, head: float) -> float:
         """What a backward pass adds to a decoder's and a head's forward operations."""
@@ -99,15 +151,33 @@ class Needed:
 
     def write_group(self, group: int, new: int) -> float:
         """Sampling a group's completions, one token after the other, behind a prompt that was read."""
-        return sum(self._group(group, new)) + self._memory(group * new)
+        found = sum(self._group(group, new)) + self._memory(group * new)
+        if self.memories:
+            found += group * self.memories * (self._builder() + self._former()) + len(TYPES) * self._prefix()
+        return found
 
     def score_group(self, group: int, new: int) -> float:
         """Log-probabilities of a group's completions with their prompt, forwards."""
-        return self.read_row() + self.write_group(group, new)
+        body, head = self._group(group, new)
+        found = self.read_row() + body + head + self._memory(group * new)
+        if self._forms:
+            found += body + group * self.memories * self.form()
+        return found
 
     def learn_group(self, group: int, new: int) -> float:
         """The same, forwards and backwards."""
         body, head = self._group(group, new)
-        body += self._decoder(self.tokens, self.tokens**2 / 2)
-        tokens = self.tokens + group * new
+        prompt, tokens = self._decoder(self.tokens, self.tokens**2 / 2), self.tokens + group * new
+        if self.spec.vismem is not None and "base" not in self.trainable:
+            return self.score_group(group, new) + self._backward_of_memories(body, head, group)
+        body += prompt
         return self._tower() + body + head + 3 * self._memory(tokens) + self._backward(body, tokens, head)
+
+    def _backward_of_memories(self, body: float, head: float, group: int) -> float:
+        """What a backward pass adds where VisMem alone trains: none of it flows into prompts."""
+        found = body + head
+        if self._forms:
+            formed = group * self.memories
+            found += formed * (self.form() + self._builder())
+            found += body if self.spec.vismem and self.spec.vismem.backprop_hidden else 0.0
+        return found

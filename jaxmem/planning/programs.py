@@ -27,14 +27,17 @@ from jaxmem.config import build, suggestion
 from jaxmem.distributed.mesh import activation_sharding, batch_shardings, shardings
 from jaxmem.errors import ConfigError
 from jaxmem.memory.registry import memory as memory_module
+from jaxmem.memory.vismem import TYPES
 from jaxmem.model import Spec, init_memory
 from jaxmem.planning import needed
-from jaxmem.sampling import generate
+from jaxmem.sampling import generate, insertion
 from jaxmem.sampling.logits import SamplerConfig
+from jaxmem.sampling.splicing import Spliced, text_room
 from jaxmem.training import descent, grpo, grpo_run, sft, trees
 from jaxmem.training.descent import TrainState
 from jaxmem.training.grpo import Samples
 from jaxmem.training.settings import TrainConfig
+from jaxmem.training.vismem_stages import Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +69,8 @@ class Program:
       resting: what lies in the memory meanwhile without being an argument, by kind.
       flops: needed for one execution on all devices together (`jaxmem.planning.needed`).
       tokens: that one execution learns from, reads or writes.
-      trips: of loops whose length the program leaves open.
-      branch_share: share of the layers in which a memory acts.
+      trips: of loops whose length the program leaves open, by nesting (`hlo.count`); empty where there are none.
+      branch_share: share of the executions of conditionals that take the costliest branch, by their names.
     """
 
     name: str
@@ -76,8 +79,8 @@ class Program:
     resting: Mapping[str, Any]
     flops: float
     tokens: float
-    trips: int | None
-    branch_share: float
+    trips: tuple[float, ...]
+    branch_share: Mapping[str, float]
 
 
 def backbone_of(config: TrainConfig) -> BackboneConfig:
@@ -123,6 +126,8 @@ def programs(config: TrainConfig, mesh: Mesh, shape: Shape | None = None) -> lis
     run = _Run(config, spec_of(config, backbone), mesh, shape or Shape.longest(config))
     if config.grpo is None:
         return [run.train_step()]
+    if run.stage == "warm_up":  # learns from references
+        return [run.update()]
     scored = [run.score()] if config.grpo.old_logprobs == "trainer" or config.grpo.loss.kl_weight else []
     return [*run.rollout(), *scored, run.update()]
 
@@ -186,6 +191,7 @@ class _Run:
         t, p, vision = self.shape.tokens, self.shape.patches, self.spec.backbone.vision
         ints = {"tokens": (t,), "positions": (3, t), "segments": (t,), "visual_rows": (t,)}
         ints |= {"patch_segments": (p,), "patch_coords": (p, 2), "patch_table": (p, 4)}
+        ints |= {"patch_windows": (p,)} if vision.window else {}
         floats = {"loss_mask": (t,), "patches": (p, vision.patch_dim), "patch_weights": (p, 4)}
         fields = {name: jax.ShapeDtypeStruct((*leading, *size), jnp.int32) for name, size in ints.items()}
         fields |= {name: jax.ShapeDtypeStruct((*leading, *size), jnp.float32) for name, size in floats.items()}
@@ -194,7 +200,28 @@ class _Run:
     @property
     def needed(self) -> needed.Needed:
         """What one row takes."""
-        return needed.Needed(self.spec, self.split[0], self.shape.tokens, self.shape.patches)
+        return needed.Needed(self.spec, self.split[0], self.shape.tokens, self.shape.patches, *self._memories)
+
+    @property
+    def stage(self) -> str:
+        """VisMem's: "warm_up", "memory" or "invocation"; empty for every other run."""
+        return "" if self.config.grpo is None or self.config.grpo.vismem is None else self.config.grpo.vismem.stage
+
+    @property
+    def _memories(self) -> tuple[int, int]:
+        """Memories of a completion, as many as there may be, and the text of one: its share of the slots. In the warm-up
+        one memory stands in front of all text, behind its invocation token."""
+        if not self.stage:
+            return 0, 0
+        if self.stage == "warm_up":
+            return 1, 2
+        most = self._method.vismem.invoke.max_invocations
+        return most, self._method.max_new_tokens // most
+
+    @property
+    def group(self) -> int:
+        """Completions of a prompt, G: the warm-up's is the reference."""
+        return 1 if self.stage == "warm_up" else self._method.group
 
     def program(
         self,
@@ -204,7 +231,7 @@ class _Run:
         flops: float,
         tokens: float,
         resting: Mapping[str, Any] | None = None,
-        trips: int | None = None,
+        trips: tuple[float, ...] = (),
     ) -> Program:
         """A Program with this run's defaults; it is lowered with the mesh as the current one."""
 
@@ -213,8 +240,18 @@ class _Run:
                 return lower()
 
         layers = sum(len(memory.layers) for memory in self.spec.memories)
-        share = layers / self.spec.backbone.text.layers
-        return Program(name, on_mesh, arguments, resting or {}, flops, tokens, trips, share)
+        shares = {**self._text_share(), "DecoderLayer": layers / self.spec.backbone.text.layers}
+        return Program(name, on_mesh, arguments, resting or {}, flops, tokens, trips, shares)
+
+    def _text_share(self) -> dict[str, float]:
+        """Of a former's branches by the size of its text: between the smallest and the largest, what stands for the one
+        that holds the text of `_memories`."""
+        config = self.spec.vismem
+        if config is None or not self.stage:
+            return {}
+        sizes = insertion.text_sizes(min(config.text_cap, self._method.max_new_tokens + 1))
+        size = next((size for size in sizes if size >= self._memories[1]), sizes[-1])
+        return {"former": (size - sizes[0]) / max(1, sizes[-1] - sizes[0])}
 
     def train_step(self) -> Program:
         """A step of supervised fine-tuning."""
@@ -239,13 +276,31 @@ class _Run:
         """Completions of the step [A, B, G, N], all as long as they may be."""
         method, loop = self._method, self.config.loop
         lead = (loop.accumulate, loop.batch_size // method.minibatches // loop.accumulate)
-        group = (*lead, method.group)
+        group = (*lead, self.group)
         new = lambda dtype: jax.ShapeDtypeStruct((*group, method.max_new_tokens), dtype)  # noqa: E731
         each = lambda dtype: jax.ShapeDtypeStruct(group, dtype)  # noqa: E731
         sampled = {"tokens": new(jnp.int32), "lengths": each(jnp.int32), "advantages": each(jnp.float32)}
-        sampled |= {"mask": new(jnp.float32), "old": new(jnp.float32)}
-        sampled |= {"reference": new(jnp.float32) if method.loss.kl_weight else None}
+        warm = self.stage == "warm_up"
+        sampled |= {"mask": new(jnp.float32), "old": None if warm else new(jnp.float32)}
+        sampled |= {"reference": new(jnp.float32) if method.loss.kl_weight and not warm else None}
+        sampled |= self._spliced(group)
         return Samples(prompts=self.batch(*lead), **self.rows(sampled, 1))
+
+    def _spliced(self, group: tuple[int, ...]) -> dict[str, Any]:
+        """Where memories stand in completions [A, B, G], as many and with as long texts as there may be."""
+        config, new = self.spec.vismem, self._method.max_new_tokens
+        if config is None or not self.stage:
+            return {}
+        most, text = self._memories
+        longest = text if self.stage == "warm_up" else new
+        shape = lambda dtype, *sizes: jax.ShapeDtypeStruct((*group, *sizes), dtype)  # noqa: E731
+        spliced = Spliced(
+            place=shape(jnp.int32, new),
+            types=shape(jnp.int32, most),
+            text=shape(jnp.int32, most, text_room(config, longest)),
+            control=shape(jnp.bool_, new, 4),
+        )
+        return {"spliced": spliced, "memories": shape(jnp.float32, most, config.longest, config.width)}
 
     @property
     def _method(self) -> Any:
@@ -284,8 +339,8 @@ class _Run:
             "update",
             lambda: update.lower(self.state, self.frozen, samples),
             {**self.state_kinds, "weights": self.frozen, "inputs": samples},
-            flops=rows * self.needed.learn_group(method.group, method.max_new_tokens),
-            tokens=rows * method.group * method.max_new_tokens,
+            flops=rows * self.needed.learn_group(self.group, method.max_new_tokens),
+            tokens=rows * self.group * method.max_new_tokens,
         )
 
     def rollout(self) -> list[Program]:
@@ -294,7 +349,7 @@ class _Run:
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         rows = min(method.prompts_at_once * ways or config.loop.batch_size, config.loop.batch_size)
         plain = SamplerConfig(stop_tokens=(1,), banned_tokens=self.spec.backbone.media_tokens)
-        settings = method.sampler(plain)
+        settings = self._staged(method.sampler(plain))
         cast = jax.eval_shape(lambda tree: descent.computing(tree, self.dtype), self.split[0])
         tree = trees.merge(self.placed(cast), self.frozen)
         kinds = {"weights": tree}
@@ -319,9 +374,28 @@ class _Run:
             resting=resting,
             flops=rows * self.needed.write_group(method.group, settings.max_new_tokens),
             tokens=rows * method.group * settings.max_new_tokens,
-            trips=settings.max_new_tokens,
+            trips=self._trips(rows // ways),
         )
         return [prefill, decode]
+
+    def _staged(self, plain: SamplerConfig) -> SamplerConfig:
+        """The sampling with VisMem's memories, as at the end of its stage."""
+        if not self.stage or self.spec.vismem is None:
+            return plain
+        settings, steps = self._method.vismem, 1000
+        stage = Stage(settings, self.spec.vismem, (), steps, settings.probability_anywhere or 0.5)
+        return stage.sampler(plain, steps)
+
+    def _trips(self, prompts: int) -> tuple[float, ...]:
+        """Of the open loops of a rollout of so many prompts on a device: one pass per token; in it, passes for all
+        memories that there may be; in those, passes for what is computed once per prompt and type."""
+        new = self._method.max_new_tokens
+        if not self.stage:
+            return (new,)
+        invoke = self._method.vismem.invoke
+        rows = min(invoke.rows_at_once, prompts * self.group)
+        turns = -(-invoke.max_invocations * self.group * prompts // rows)
+        return (new, turns / new, min(1.0, len(TYPES) * prompts / turns))
 
     def sampling(self, state: generate.State) -> generate.State:
         """The state of the sampling with the places of its caches."""
@@ -331,12 +405,19 @@ class _Run:
         cache, tail = state.cache, state.cache.tail
         assert tail is not None, "a cache of continuations"
         nothing: Any = None
-        rest = self.rows(dataclasses.replace(state, cache=nothing))
+        rest = self.rows(dataclasses.replace(state, cache=nothing, insertions=None))
         # What memories remember of prompts is [B, ...] or, of several layers, [slots, B, ...].
         states = jax.tree.map(lambda leaf: self.rows(leaf, int(leaf.ndim > 2)), cache.states)
+        if self.spec.vismem is not None:
+            states |= {self.spec.vismem.name: self.rows(cache.states[self.spec.vismem.name])}
         tail = dataclasses.replace(self.rows(tail), layers=put(tail.layers, "branch_keys"))
         cache = dataclasses.replace(self.rows(cache), layers=put(cache.layers, "trunk_keys"), tail=tail)
-        return dataclasses.replace(rest, cache=dataclasses.replace(cache, states=states))
+        rest = dataclasses.replace(rest, cache=dataclasses.replace(cache, states=states))
+        if (own := state.insertions) is None:
+            return rest
+        placed = self.rows(dataclasses.replace(own, past=None))
+        placed = dataclasses.replace(placed, ring=put(own.ring, "members"), filled=self.rows(own.filled, 1))
+        return dataclasses.replace(rest, insertions=dataclasses.replace(placed, past=put(own.past, "prefixes")))
 
     def split_if_cast(self) -> Any:
         """The float32 originals that rest while their copies sample; nothing where they sample themselves."""

@@ -192,11 +192,13 @@ def _work(program: ProgramPlan) -> list[str]:
 
 
 def sweep_text(plans: Sequence[Plan]) -> str:
-    """One line per topology, mesh and program."""
+    """One line per topology, mesh and program; where plans differ in their names, each stands in front of its lines."""
     lines = [
         f"{'topology':14}{'mesh':34}{'program':12}{'fits':6}{'GiB':>8}{'of':>8}{'step':>11}{'MFU':>8}{'tokens/s':>13}"
     ]
+    named = len({plan.name for plan in plans}) > 1
     for plan in plans:
+        lines += [plan.name] if named else []
         mesh = " ".join(f"{axis}={count}" for axis, count in plan.mesh.items() if count > 1) or "one device"
         for program in plan.programs:
             size = f"{program.bytes.total / GIB:8.2f}{program.bytes.limit / GIB:8.2f}"

@@ -24,6 +24,7 @@ from jaxmem.backbones.decoder import KeysValues, Stream
 from jaxmem.backbones.layers import Look, attend, attend_branches
 from jaxmem.distributed.mesh import constrain
 from jaxmem.errors import DataError
+from jaxmem.memory import vismem
 from jaxmem.memory.registry import memory as memory_module
 from jaxmem.model import (
     Spec,
@@ -188,7 +189,7 @@ def extend(spec: Spec, base: Any, memory: Any, cache: Cache, batch: Batch) -> tu
     )
     if spec.vismem is not None:
         name = spec.vismem.name
-        states[name] = memory_module(name).append(cache.states[name], seen(spec, base, batch, prompt.x, x))
+        states[name] = vismem.joined(spec.vismem, cache.states[name], seen(spec, base, batch, prompt.x, x))
     places = last_places(batch)
     cache = dataclasses.replace(
         cache, layers=layers, stream=stream, length=start + places + 1, position=next_position(batch), states=states

@@ -19,7 +19,7 @@ from jaxmem.backbones.batch import Array, Batch
 from jaxmem.backbones.registry import backbone
 from jaxmem.distributed import hosts
 from jaxmem.distributed.mesh import constrain
-from jaxmem.model import Spec, next_logits
+from jaxmem.model import Spec, last_places, next_logits
 from jaxmem.sampling import insertion
 from jaxmem.sampling.cache import Cache, fork, prefill, require_room, step
 from jaxmem.sampling.insertion import Insertions, Turn
@@ -145,7 +145,7 @@ def start(spec: Spec, settings: SamplerConfig, size: int, base: Any, memory: Any
         tokens=jnp.full((rows, group, new), settings.pad_token, jnp.int32),
         logprobs=jnp.zeros((rows, group, new), jnp.float32),
         kinds=jnp.zeros((rows, group, new), jnp.int8),
-        last=jnp.full((rows, group), -1, jnp.int32),
+        last=jnp.broadcast_to(_last_tokens(batch)[:, None], (rows, group)),
         count=jnp.zeros((rows, group), jnp.int32),
         done=jnp.broadcast_to(cache.segment[:, None] == 0, (rows, group)),  # a row of padding has nothing to say
         keys=keys,
@@ -155,6 +155,11 @@ def start(spec: Spec, settings: SamplerConfig, size: int, base: Any, memory: Any
     )
     scores = next_logits(spec, base, memory, hidden)
     return _record(spec, settings, state, jnp.broadcast_to(scores[:, None], (rows, group, vocab)))
+
+
+def _last_tokens(batch: Batch) -> Array:
+    """[B] int32 the prompts' last tokens: a memory may come in front of the first word of an answer."""
+    return jnp.take_along_axis(jnp.asarray(batch.tokens), last_places(batch)[:, None], axis=1)[:, 0]
 
 
 @jax.jit
@@ -182,6 +187,7 @@ def _inserted(
         turn,
         state.last,
         state.index,
+        state.keys,
     )
     state = dataclasses.replace(
         state, cache=cache, tokens=turn.tokens, kinds=turn.kinds, count=turn.count, insertions=turn.state

@@ -26,7 +26,7 @@ from jaxmem.backbones.batch import Array
 from jaxmem.backbones.decoder import KeysValues, Stream
 from jaxmem.backbones.layers import Look, attend_branches
 from jaxmem.backbones.registry import backbone
-from jaxmem.distributed.mesh import ROWS, ways
+from jaxmem.distributed.mesh import ROWS, constrain, ways
 from jaxmem.errors import ConfigError
 from jaxmem.memory import former
 from jaxmem.memory.former import Seen
@@ -39,6 +39,8 @@ from jaxmem.sampling.slots import Slot
 
 TEXT_SIZES = (64, 256)
 """Text states that a former reads come in these sizes, or as many as there can be."""
+NOISE = 2**31 - 1
+"""Folded into a continuation's key for noise in place of memories; tokens take their numbers."""
 
 
 @flax.struct.dataclass
@@ -73,6 +75,11 @@ def columns(config: VisMemConfig, invoke: InvokeConfig) -> int:
     return 0 if invoke.mode == "off" else invoke.max_invocations * (config.longest + 1)
 
 
+def text_sizes(room: int) -> tuple[int, ...]:
+    """The sizes in which text states come where there can be `room` of them, ascending."""
+    return (*(size for size in TEXT_SIZES if size < room), room)
+
+
 def begin(spec: Spec, invoke: InvokeConfig, cache: Cache, hidden: Array, group: int, slots: int) -> Insertions:
     """The state in front of the first token; hidden [B, D] is that of the prompts' last tokens.
 
@@ -88,11 +95,12 @@ def begin(spec: Spec, invoke: InvokeConfig, cache: Cache, hidden: Array, group: 
         visual = jax.tree.map(lambda leaf: jnp.roll(leaf, -1, axis=0), visual)
     size = min(config.text_cap, slots + 1)
     ring = jnp.zeros((rows, group, size, width), hidden.dtype).at[:, :, 0].set(hidden[:, None])
+    ring = constrain(ring, "members")
     number = lambda value: jnp.full((rows, group), value, jnp.int32)  # noqa: E731
     text, past = spec.backbone.text, None
     if invoke.prefix_cache and visual is not None:
         shape = (2, text.layers, rows, visual.rows.shape[1], text.kv_heads, text.head_dim)
-        past = (jnp.zeros(shape, hidden.dtype), jnp.zeros(shape, hidden.dtype))
+        past = tuple(constrain(jnp.zeros(shape, hidden.dtype), "prefixes") for _ in range(2))
     return Insertions(
         ring=ring,
         since=number(0),
@@ -170,6 +178,7 @@ def insert(
     turn: Turn,
     last: Array,
     step: Array,
+    keys: Array | None = None,
 ) -> tuple[Cache, Turn]:
     """Forms and inserts the memories of all continuations whose last token [B, G] invokes one.
 
@@ -180,6 +189,7 @@ def insert(
       turn: `pending` says which continuations still go on.
       last: [B, G] int32.
       step: int32, of the tokens.
+      keys: [B, G] random keys of the continuations, which `content` "noise" needs.
     """
     config = _config(spec)
     tail = cache.tail
@@ -189,7 +199,7 @@ def insert(
     pending = turn.pending & jnp.isin(last, jnp.asarray(kept, jnp.int32))
     emitted = (last == config.invoke_ids[1]).astype(jnp.int32)
     made = 1 - emitted if invoke.reverse else emitted
-    chunk = _Chunk(spec, invoke, base, layers, memory, cache, made, step)
+    chunk = _Chunk(spec, invoke, base, layers, memory, cache, made, step, keys)
     turn = dataclasses.replace(turn, pending=pending)
     turn = jax.lax.while_loop(lambda turn: turn.pending.any(), chunk, turn)
     tail = Tail(turn.layers, turn.segments, tail.index)
@@ -211,6 +221,7 @@ class _Chunk:
     cache: Cache
     made: Array
     step: Array
+    keys: Array | None
 
     def __call__(self, turn: Turn) -> Turn:
         config, pick = _config(self.spec), _pick(turn.pending, self.invoke.rows_at_once)
@@ -273,9 +284,10 @@ class _Chunk:
         made = self._formed(state, pick, kind)
         if content != "noise":
             return made
+        assert self.keys is not None, "noise is drawn from the continuations' keys"
         size = jnp.sqrt(jnp.mean(jnp.square(made.astype(jnp.float32)), axis=-1, keepdims=True))
-        key = lambda row, nth: jax.random.fold_in(jax.random.fold_in(jax.random.key(0), row), nth)  # noqa: E731
-        keys = jax.vmap(key)(pick.rows, pick.take(state.invoked))
+        key = lambda own, nth: jax.random.fold_in(jax.random.fold_in(own, NOISE), nth)  # noqa: E731
+        keys = jax.vmap(key)(pick.take(self.keys), pick.take(state.invoked))
         noise = jax.vmap(lambda one: jax.random.normal(one, made.shape[1:]))(keys)
         return (noise * size).astype(made.dtype)
 
@@ -300,10 +312,11 @@ class _Chunk:
 
             return form
 
-        sizes = [*(size for size in TEXT_SIZES if size < room), room]
+        sizes = text_sizes(room)
         longest = jnp.max(jnp.where(pick.live.reshape(-1), self.step - since + 1, 0))
         branch = jnp.sum(longest > jnp.asarray(sizes[:-1], jnp.int32)) if len(sizes) > 1 else 0
-        return jax.lax.switch(branch, [with_text(size) for size in sizes])
+        with jax.named_scope("former"):
+            return jax.lax.switch(branch, [with_text(size) for size in sizes])
 
     def _block(self, vectors: Array, kind: Array) -> tuple[Array, Array]:
         """[W, N + 1, D] the vectors and the end token behind them, and which of the slots are in use."""
@@ -357,6 +370,7 @@ class _Chunk:
             angle_of(spec.backbone, positions),
             [look(*pair) for pair in zip(cache.layers, turn.layers, strict=True)],
             ports=memory_ports(spec, self.memory, states, stream),
+            place="token",
         )
         tails = jax.tree.map(pick.put, turn.layers, kept)
         segments = pick.put(turn.segments, _put_at(before, stream.segments, offset))
@@ -382,35 +396,37 @@ class _Pick:
     """w rows of each of P parts of a batch of B * G continuations.
 
     Attributes:
-      order: [P, w] int32 rows within their part.
+      order: [P, w] int32 rows within their part, G for each of its prompts.
       live: [P, w] bool; the others only fill up.
-      rows: [W] int32 number of the row in the batch.
-      prompts: [W] int32 its prompt.
+      group: G.
+      prompts: [W] int32 prompts of the rows.
     """
 
     order: Array
     live: Array
-    rows: Array
+    group: int
     prompts: Array
 
     def take(self, leaf: Array) -> Array:
         """[B, G, ...] -> [W, ...]."""
-        found = jax.vmap(lambda part, index: part[index])(self._folded(leaf), self.order)
+        places = self.order // self.group, self.order % self.group
+        found = jax.vmap(lambda part, prompt, member: part[prompt, member])(self._parts(leaf), *places)
         return found.reshape(-1, *leaf.shape[2:])
 
     def put(self, leaf: Array, new: Array) -> Array:
         """[B, G, ...] with the live rows of new [W, ...] in their places."""
-        parts = self._folded(leaf)
+        parts = self._parts(leaf)
         new = new.reshape(*self.order.shape, *leaf.shape[2:]).astype(leaf.dtype)
 
         def one(part: Array, index: Array, live: Array, values: Array) -> Array:
-            return part.at[jnp.where(live, index, len(part))].set(values, mode="drop")
+            prompt = jnp.where(live, index // self.group, len(part))
+            return part.at[prompt, index % self.group].set(values, mode="drop")
 
         return jax.vmap(one)(parts, self.order, self.live, new).reshape(leaf.shape)
 
-    def _folded(self, leaf: Array) -> Array:
-        """[B, G, ...] -> [P, R, ...]."""
-        return leaf.reshape(self.order.shape[0], -1, *leaf.shape[2:])
+    def _parts(self, leaf: Array) -> Array:
+        """[B, G, ...] -> [P, B / P, G, ...]: prompts and members stay axes of their own, which a mesh cuts."""
+        return leaf.reshape(self.order.shape[0], -1, *leaf.shape[1:])
 
 
 def _pick(pending: Array, rows_at_once: int) -> _Pick:
@@ -422,7 +438,7 @@ def _pick(pending: Array, rows_at_once: int) -> _Pick:
     order = jnp.argsort(~folded, axis=1, stable=True)[:, : min(rows_at_once, size)]
     live = jnp.take_along_axis(folded, order, axis=1)
     rows = (jnp.arange(parts)[:, None] * size + order).reshape(-1)
-    return _Pick(order, live, rows, rows // group)
+    return _Pick(order, live, group, rows // group)
 
 
 def _put_at(rows: Array, new: Array, start: Array, axis: int = 0) -> Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxmem.backbones.batch import Array, Batch
 from jaxmem.distributed import hosts
+from jaxmem.memory import former
 from jaxmem.model import Spec
 from jaxmem.sampling.generate import states
 from jaxmem.sampling.logits import SamplerConfig
@@ -56,8 +57,11 @@ def rollout(
       group: G.
 
     Raises:
-      DataError: prompt and completion do not fit into the backbone's positions.
+      DataError: prompt and completion do not fit into the backbone's positions, or a prompt has more visual states
+        than VisMem takes (`former.check_spans`).
     """
+    if spec.vismem is not None:
+        former.check_spans(spec.vismem, batch)
     *_, last = states(spec, base, memory, batch, settings, key, group)
     inserted = last.insertions
     own = None if inserted is None else (inserted.permits, inserted.memories.astype(jnp.float32))

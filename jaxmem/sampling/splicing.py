@@ -7,6 +7,7 @@ Z text states of one memory, D model width.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import flax.struct
@@ -16,6 +17,7 @@ import numpy as np
 
 from jaxmem.backbones.batch import Array
 from jaxmem.backbones.decoder import Remat
+from jaxmem.distributed.mesh import members_as_rows, ways
 from jaxmem.memory import former
 from jaxmem.memory.former import Seen
 from jaxmem.memory.vismem import VisMemConfig
@@ -57,18 +59,14 @@ def locate(config: VisMemConfig, tokens: np.ndarray, kinds: np.ndarray, permits:
     types = np.full((rows, group, most), -1, np.int32)
     spans: dict[tuple[int, int, int], tuple[int, int]] = {}
     for row, member in np.argwhere((kinds == Slot.MEMORY).any(axis=-1)):
-        _locate_one(config, tokens[row, member], kinds[row, member], place[row, member], types[row, member])
-        ends = np.flatnonzero(kinds[row, member] == Slot.END)
+        found = _memories(config, tokens[row, member], kinds[row, member])
         first = 0
-        for nth, end in enumerate(ends):
-            vectors = config.sizes[types[row, member, nth]]
-            spans[row, member, nth] = (first, int(end) - vectors)  # the state behind the invocation token, too
-            first = int(end) + 1
-    longest = max((last - first + 1 for first, last in spans.values()), default=1)
-    size = 16
-    while size < longest:
-        size *= 4
-    size = min(size, config.text_cap)
+        for nth, (start, end, kind) in found.items():
+            place[row, member, start:end] = nth * config.longest + np.arange(end - start)
+            types[row, member, nth] = kind
+            spans[row, member, nth] = (first, start)  # the state behind the invocation token, too
+            first = end + 1
+    size = text_room(config, max((last - first + 1 for first, last in spans.values()), default=1))
     text = np.full((rows, group, most, size), -1, np.int32)
     for where, (first, last) in spans.items():
         states = np.arange(max(first, last - size + 1), last + 1)
@@ -78,18 +76,23 @@ def locate(config: VisMemConfig, tokens: np.ndarray, kinds: np.ndarray, permits:
     return Spliced(place, types, text, control)
 
 
-def _locate_one(
-    config: VisMemConfig, tokens: np.ndarray, kinds: np.ndarray, place: np.ndarray, types: np.ndarray
-) -> None:
-    """Fills in place [N] and types [I] of one continuation."""
-    nth, within = 0, 0
-    for slot in range(len(kinds)):
-        if kinds[slot] == Slot.MEMORY:
-            place[slot] = nth * config.longest + within
-            within += 1
-        elif kinds[slot] == Slot.END:
-            types[nth] = config.end_ids.index(int(tokens[slot]))
-            nth, within = nth + 1, 0
+def text_room(config: VisMemConfig, longest: int) -> int:
+    """Z where the longest text of a memory has so many states: few sizes, few programs."""
+    size = 16
+    while size < longest:
+        size *= 4
+    return min(size, config.text_cap)
+
+
+def _memories(config: VisMemConfig, tokens: np.ndarray, kinds: np.ndarray) -> dict[int, tuple[int, int, int]]:
+    """{number of the invocation: (first vector, end token, type)} of one continuation [N], as rollouts number them:
+    invocations of a type that is skipped count."""
+    calls = np.cumsum(np.isin(kinds, (Slot.FORCED, Slot.INVOKE))) - 1
+    found = {}
+    for end in np.flatnonzero(kinds == Slot.END):
+        kind = config.end_ids.index(int(tokens[end]))
+        found[int(calls[end])] = (int(end) - config.sizes[kind], int(end), kind)
+    return found
 
 
 def embeddings(spec: Spec, base: Any, memory: Any, tokens: Array, memories: Array, place: Array) -> Array:
@@ -121,6 +124,7 @@ def formed(
     rows, group, most = spliced.types.shape
     visual = prompt.states[config.name]
     each = jax.tree.map(lambda leaf: jnp.repeat(leaf, group, axis=0), visual)
+    own = members_as_rows() if group % ways("sequence") == 0 else contextlib.nullcontext()
     flat = states.reshape(rows * group, *states.shape[2:])
 
     def one(piece: tuple[Array, Array]) -> Array:
@@ -139,5 +143,6 @@ def formed(
         return jax.lax.cond((kind >= 0).any(), form, lambda: nothing)
 
     pieces = jnp.moveaxis(jnp.asarray(spliced.types), 2, 0), jnp.moveaxis(jnp.asarray(spliced.text), 2, 0)
-    made = jax.lax.map(jax.checkpoint(one), pieces)
+    with own:  # each device of the sequence forms memories of its own completions
+        made = jax.lax.map(jax.checkpoint(one), pieces)
     return jnp.moveaxis(made.reshape(most, rows, group, config.longest, -1), 0, 2)

@@ -34,11 +34,13 @@ from jaxmem.training.loop import Job
 from jaxmem.training.placing import level, place, share_of
 from jaxmem.training.settings import DataConfig, MeshConfig, TrainConfig
 from jaxmem.training.signals import Signals
+from jaxmem.training.stages import ADAPTER, MEMORY
 from jaxmem.training.trees import Tree
 
-CHECKPOINTS, MEMORY, ADAPTER, BACKBONE = "checkpoints", "memory", "adapter", "backbone"
-EXPERIMENTS = {"digit_boards": "jaxmem.analysis.digit_boards"}
-"""Modules with `open_experiment(section) -> object` with `before(model, folder)` and `after(model, folder, config)`."""
+CHECKPOINTS, BACKBONE = "checkpoints", "backbone"
+EXPERIMENTS = {"digit_boards": "jaxmem.analysis.digit_boards", "digit_vismem": "jaxmem.analysis.digit_vismem"}
+"""Modules with `open_experiment(section) -> object` with `before(model, folder)` and `after(model, folder, config)`;
+one with `summary(folders) -> str` has something to say of several seeds."""
 REPORTS = {"run": "jaxmem.analysis.grpo_report:write", "seeds": "jaxmem.analysis.grpo_seeds:write"}
 """What writes `report.html` of a GRPO run (folder), and over several (folder, seeds); it returns the path."""
 
@@ -87,9 +89,21 @@ def _report_seeds(config: TrainConfig) -> None:
     for stage in sorted(config.stages or ("",)):
         for spread in seeds.spreads(config.output, config.seeds, stage):
             print(f"{stage}: {spread}" if stage else spread)
+    for one in stages.plan(config) if config.stages else [config]:
+        _summarise_seeds(config, one)
     if config.stages is None and config.grpo is not None:
         _report("seeds", config.output, config.seeds)
     print(f"results are in {config.output}")
+
+
+def _summarise_seeds(config: TrainConfig, one: TrainConfig) -> None:
+    """What an experiment says of all seeds of a run, or of one of its stages, if it says something."""
+    if one.experiment is None:
+        return
+    module = importlib.import_module(configs.choose(EXPERIMENTS, one.experiment["name"], "experiment"))
+    if hasattr(module, "summary"):
+        stage = Path(one.output).relative_to(config.output)
+        print(module.summary([Path(config.output) / f"seed_{seed}" / stage for seed in config.seeds]))
 
 
 def start(config: TrainConfig) -> None:
@@ -240,6 +254,8 @@ def load_model(config: TrainConfig, mesh: Mesh | None) -> api.Model:
     if config.memory_folder is None and config.memory is not None:
         settings = dict(config.memory)
         model = model.attach(settings.pop("name"), key=jax.random.key(config.seed), **settings)
+    if config.adapter_folder is not None:
+        model = model.restore_lora(config.adapter_folder)
     if config.lora is not None:
         model = model.attach_lora(key=jax.random.fold_in(jax.random.key(config.seed), 1), **config.lora)
     return model
@@ -296,6 +312,7 @@ def _identity(config: TrainConfig, model: api.Model, source: Sequence[Any], step
         "weights": record.weights_fingerprint(model.folder),
         "lora": None if config.lora is None else dict(config.lora),
         "memory_folder": config.memory_folder,
+        "adapter_folder": config.adapter_folder,
         "dataset": records.fingerprint(source),
         "optimizer": dataclasses.asdict(config.optimizer),
         "trainable": config.trainable,

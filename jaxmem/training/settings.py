@@ -83,13 +83,14 @@ class TrainConfig:
       lora: settings of `LoRAConfig`, {"rank": 8, ...}: factors beside the decoder's kernels, which train where
         `trainable` names them ("base/**/lora_a", "base/**/lora_b"); None adds none.
       memory_folder: a folder with a trained memory to go on from, instead of `memory`.
+      adapter_folder: a PEFT folder with LoRA factors to go on from, instead of `lora`.
       trainable: path patterns of what trains over {"base", "memory"}: "memory", or e.g. ("**", "!base/visual").
       dtype: of the backbone's weights and of the arithmetic; what trains is kept in float32. None keeps what is stored.
       grpo: how completions are sampled, judged and learnt from; None is supervised fine-tuning.
       seed: of the memory's weights, the data's order, the blindfolds, dropout and sampling.
       seeds: several seeds make one run each, in `output/seed_N`, and a table of mean and spread over them.
       stages: {name: values that it replaces}: several runs in `output/<name>`, in the order of the names, each from the
-        memory that the one before it left; None makes one run.
+        memory and the LoRA factors that the one before it left; None makes one run.
       optimizer: AdamW and its schedule.
       loop: steps, batches, evaluations, checkpoints.
       mesh: devices.
@@ -113,6 +114,7 @@ class TrainConfig:
     memory: Mapping[str, Any] | None = dataclasses.field(default_factory=lambda: {"name": "pvm"})
     lora: Mapping[str, Any] | None = None
     memory_folder: str | None = None
+    adapter_folder: str | None = None
     trainable: str | tuple[str, ...] = "memory"
     dtype: str | None = None
     grpo: GRPOConfig | None = None
@@ -138,6 +140,10 @@ class TrainConfig:
             raise ConfigError('memory has no key "name"; write for example {"name": "pvm", "layers": (8, 16, 24)}')
         if self.experiment is not None and "name" not in self.experiment:
             raise ConfigError('experiment has no key "name"; write for example {"name": "digit_boards"}')
+        if self.lora is not None and self.adapter_folder is not None:
+            raise ConfigError(
+                "lora makes fresh factors, adapter_folder goes on from old ones; set one of them to None"
+            )
         if len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"seeds {self.seeds} names one twice; every seed is a run of its own")
         choose(PRESETS, self.xla_flags, "preset xla_flags")

@@ -1,4 +1,4 @@
-"""One command, several runs: each stage goes on from the memory that the one before it left."""
+"""One command, several runs: each stage goes on from the memory and the LoRA factors that the one before it left."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any
 from jaxmem import config as configs
 from jaxmem.training.settings import TrainConfig
 
+MEMORY, ADAPTER = "memory", "adapter"
+"""Folders that a run leaves in its output."""
+
 
 def each(config: TrainConfig, train: Callable[[TrainConfig], Any]) -> list[Any]:
-    """Trains every stage of `config.stages` in `output/<stage>`, in the order of their names; what `train` returned of each.
+    """Trains every stage of `config.stages` in `output/<stage>`, by name; what `train` returned of each.
 
     A stage is the whole configuration with some values replaced. Stages that are done are not done again: they resume
     at their end.
@@ -30,10 +33,18 @@ def plan(config: TrainConfig) -> list[TrainConfig]:
     for name, changes in sorted((config.stages or {}).items()):
         values = _replaced(whole, changes)
         values["output"] = str(Path(config.output) / name)
-        if runs and "memory_folder" not in changes:
-            values["memory_folder"] = str(Path(runs[-1].output) / "memory")
+        if runs:
+            values |= {key: value for key, value in _left(runs[-1]).items() if key not in changes}
         runs.append(configs.build(TrainConfig, values, f"stages.{name}"))
     return runs
+
+
+def _left(run: TrainConfig) -> dict[str, Any]:
+    """Where the next stage finds what a run leaves."""
+    left: dict[str, Any] = {"memory_folder": str(Path(run.output) / MEMORY)}
+    if run.lora is not None or run.adapter_folder is not None:
+        left |= {"adapter_folder": str(Path(run.output) / ADAPTER), "lora": None}
+    return left
 
 
 def _replaced(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

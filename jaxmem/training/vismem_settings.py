@@ -18,8 +18,10 @@ class VisMemStage:
     """One stage of VisMem's training.
 
     Attributes:
-      stage: "warm_up": a memory of random type in front of the reference answer, and cross-entropy; "memory" (Stage I):
+      stage: "warm_up": a memory of random type in front of the reference answer, or with `invoke.anywhere`
+        at a random place in it, and cross-entropy; "memory" (Stage I):
         GRPO with memories at random places; "invocation" (Stage II): GRPO with memories where the policy calls.
+      bare: warm-up: share of the rows whose answer has no memory in front.
       invoke: how memories are called for; its mode follows from the stage.
       anywhere_from: Stage I: share of the run's steps after which memories may come behind any token, not only behind
         delimiters.
@@ -33,6 +35,7 @@ class VisMemStage:
     """
 
     stage: Literal["warm_up", "memory", "invocation"] = "memory"
+    bare: float = 0.0
     invoke: InvokeConfig = InvokeConfig()
     anywhere_from: float = 0.5
     probability_anywhere: float = 0.0
@@ -48,6 +51,7 @@ class VisMemStage:
                 self.baseline not in ("none", "shared", "paired")
             ),
             f"controls {self.controls} may hold {', '.join(CONTROLS)} alone": not set(self.controls) <= set(CONTROLS),
+            f"bare is a share, got {self.bare}": not 0 <= self.bare <= 1,
             f"anywhere_from is a share, got {self.anywhere_from}": not 0 <= self.anywhere_from <= 1,
             f"probability_anywhere must lie in [0, 1], got {self.probability_anywhere}": (
                 not 0 <= self.probability_anywhere <= 1

@@ -58,10 +58,11 @@ class Stage:
         return self._with(plain, mode="random", anywhere=True, probability=self.anywhere)
 
     def trials(self, plain: SamplerConfig) -> dict[str, SamplerConfig]:
-        """The sampling of an evaluation ("") and of its controls: as it is trained, or as the policy calls."""
+        """The sampling of an evaluation ("") and of its controls: in Stage II as the policy calls, in front of it a
+        memory behind every delimiter, as many as there may be."""
         memory = self._with(plain, mode="free")
         if self.settings.stage != "invocation":
-            memory = self._with(plain, mode="random", anywhere=False, delimiters=self.delimiters)
+            memory = self._with(plain, mode="random", anywhere=False, probability=1.0, delimiters=self.delimiters)
         found = {"": memory}
         for name in self.settings.controls:
             change = {"mode": "off"} if name == "off" else {"content": name}
@@ -88,12 +89,8 @@ class Stage:
         if invoked.any():
             reverse = weighted(again(self._with(sampler, mode="free", reverse=True), group).rewards, weights)
         p_type, p_neg = penalties(scores, reverse, invoked)
-        shaped = stage2_reward(
-            scores, base, reverse, invoked, self.settings.penalty, self.settings.gate_penalties
-        )
-        return dataclasses.replace(
-            played, extra={**extra, "p_type": p_type, "p_neg": p_neg, "shaped": shaped}
-        )
+        shaped = stage2_reward(scores, base, reverse, invoked, self.settings.penalty, self.settings.gate_penalties)
+        return dataclasses.replace(played, extra={**extra, "p_type": p_type, "p_neg": p_neg, "shaped": shaped})
 
     def spliced(self, rolled: Rollout) -> Spliced:
         """Where the memories of a rollout stand."""
@@ -103,8 +100,9 @@ class Stage:
         )
 
 
-def open_stage(settings: VisMemStage, config: VisMemConfig | None, processor: Processor, prompts: Sequence[Prompt],
-               steps: int) -> Stage:
+def open_stage(
+    settings: VisMemStage, config: VisMemConfig | None, processor: Processor, prompts: Sequence[Prompt], steps: int
+) -> Stage:
     """A stage of a run.
 
     Args:
@@ -145,11 +143,14 @@ def types_of(config: VisMemConfig, rolled: Rollout) -> np.ndarray:
 
 
 def metrics(config: VisMemConfig, played: Played) -> dict[str, float]:
-    """vismem/...: memories per completion and share of completions with one, by type; means of what was played beside."""
+    """vismem/...: memories per completion and share with one, by type, and means of what was played beside."""
     types, found = types_of(config, played.rolled), {}
     for kind, name in enumerate(TYPES):
         count = (types == kind).sum(axis=-1)
-        found |= {f"vismem/{name}_per_completion": float(count.mean()), f"vismem/{name}_share": float((count > 0).mean())}
+        found |= {
+            f"vismem/{name}_per_completion": float(count.mean()),
+            f"vismem/{name}_share": float((count > 0).mean()),
+        }
     for name, values in played.extra.items():
         if name != "shaped" and not np.isnan(values).all():
             found[f"vismem/{name}"] = float(np.nanmean(values))
@@ -157,16 +158,17 @@ def metrics(config: VisMemConfig, played: Played) -> dict[str, float]:
 
 
 def references(
-    config: VisMemConfig, prompts: Sequence[Prompt], key: jax.Array, limit: int, pad: int
+    config: VisMemConfig, prompts: Sequence[Prompt], key: jax.Array, limit: int, pad: int, settings: VisMemStage
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The warm-up's continuations: a memory of random type, then the reference answer.
+    """The warm-up's continuations: reference answers with a memory of random type in front, or at a random place.
 
     Args:
       config: of the memory.
       prompts: B prompts with answers.
-      key: decides the types.
+      key: decides types and places, and which rows are bare.
       limit: slots of a continuation, N.
       pad: token of memory slots and padding.
+      settings: `bare` is the share of rows without a memory; `invoke.anywhere` puts memories at random places.
 
     Returns:
       tokens [B, 1, N] int32, kinds [B, 1, N] int8, lengths [B, 1] int32.
@@ -178,17 +180,21 @@ def references(
     tokens = np.full(kinds.shape, pad, np.int32)
     lengths = np.zeros(kinds.shape[:2], np.int32)
     types = np.asarray(jax.random.bernoulli(key, 0.5, (len(prompts),))).astype(int)
+    plain = np.asarray(jax.random.uniform(jax.random.fold_in(key, 1), (len(prompts),))) < settings.bare
+    places = np.asarray(jax.random.uniform(jax.random.fold_in(key, 2), (len(prompts),))) * settings.invoke.anywhere
     for row, (prompt, kind) in enumerate(zip(prompts, types, strict=True)):
         if not prompt.answer:
             raise DataError("grpo.vismem.stage 'warm_up' learns from reference answers, and a record has none")
-        size = config.sizes[kind]
-        slots = [config.invoke_ids[kind], *[pad] * size, config.end_ids[kind], *prompt.answer]
+        size, answer = config.sizes[kind], prompt.answer
+        memory = [(config.invoke_ids[kind], Slot.FORCED), *[(pad, Slot.MEMORY)] * size, (config.end_ids[kind], Slot.END)]
+        slots, place = [(token, Slot.TEXT) for token in answer], int(places[row] * len(answer))
+        if not plain[row]:
+            slots[place:place] = memory
         if len(slots) > limit:
             raise DataError(
-                f"a memory of {size} vectors and an answer of {len(prompt.answer)} tokens exceed grpo.max_new_tokens"
-                f" {limit}; raise it"
+                f"a memory of {size} vectors and an answer of {len(answer)} tokens exceed grpo.max_new_tokens {limit};"
+                " raise it"
             )
-        tokens[row, 0, : len(slots)], lengths[row, 0] = slots, len(slots)
-        kinds[row, 0, : len(slots)] = [Slot.FORCED, *[Slot.MEMORY] * size, Slot.END, *[Slot.TEXT] * len(prompt.answer)]
+        lengths[row, 0] = len(slots)
+        tokens[row, 0, : len(slots)], kinds[row, 0, : len(slots)] = zip(*slots, strict=True)
     return tokens, kinds, lengths
-

@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 
-from jaxmem.data.pipeline import Rows
+from jaxmem.data.pipeline import Rows, blind_rows
 from jaxmem.distributed import hosts
 from jaxmem.sampling import splicing
 from jaxmem.sampling.slots import Slot
@@ -37,7 +37,7 @@ class WarmUp:
           DataError: a record has no reference answer, or one that does not fit.
         """
         began = time.perf_counter()
-        state, learnt = self.trainer.learn(state, self._samples(rows, jax.random.fold_in(state.key, done)))
+        state, learnt = self.trainer.learn(state, self._samples(rows, done, jax.random.fold_in(state.key, done)))
         part, logprobs, _ = learnt.before
         mask, lengths, logprobs, about = hosts.fetch((part.mask, part.lengths, logprobs, learnt.about))
         counted = np.asarray(mask) > 0
@@ -53,16 +53,18 @@ class WarmUp:
         state = dataclasses.replace(state, step=state.step + 1)
         return state, {**metrics, **self.trainer.report(state.trainable)}
 
-    def _samples(self, rows: Rows, key: jax.Array) -> Samples:
+    def _samples(self, rows: Rows, done: int, key: jax.Array) -> Samples:
         trainer, stage = self.trainer, self.trainer.stage
         assert stage is not None, "the warm-up is a stage of VisMem"
         config, player, limit = stage.config, trainer.player, trainer.config.max_new_tokens
         pad, size = player.processor.pad_token, trainer.loop.batch_size
-        tokens, kinds, lengths = vismem_stages.references(config, rows.examples, key, limit, pad)
+        tokens, kinds, lengths = vismem_stages.references(config, rows.examples, key, limit, pad, stage.settings)
         spliced = splicing.locate(config, tokens, kinds, np.zeros_like(kinds), 1)
+        share = trainer.loop.p_block
+        blind = blind_rows(trainer.seed, done, size, share) if share else None
         fill = lambda leaf: np.pad(leaf, [(0, size - len(leaf))] + [(0, 0)] * (leaf.ndim - 1))  # noqa: E731
         return Samples(
-            prompts=batch_of(rows.examples, player.buckets, pad, size),
+            prompts=batch_of(rows.examples, player.buckets, pad, size, blind),
             tokens=fill(tokens),
             lengths=fill(lengths),
             mask=fill((kinds == Slot.TEXT).astype(np.float32)),

@@ -65,10 +65,10 @@ def test_scans_count_their_body_as_often_as_it_runs():
     def inner(x, w):
         return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=5)[0], None
 
-    def nested(x, ws):
+    def outer(x, ws):
         return jax.lax.scan(inner, x, ws)[0]
 
-    program = counted(nested, (24, 64), (7, 64, 64))
+    program = counted(outer, (24, 64), (7, 64, 64))
     assert program.counts.flops == 7 * 5 * 2 * 24 * 64 * 64
     assert sorted((loop.trips, loop.known) for loop in program.loops) == [(5, "exact"), (7, "exact")]
 
@@ -92,6 +92,35 @@ def test_a_loop_that_may_end_early_counts_its_bound_or_what_is_given():
     given = counted(halve, (16, 32), (32, 32), unknown_trips=4.5)
     assert given.counts.flops == 4.5 * one
     assert [loop.known for loop in given.loops] == ["given"] and not given.notes
+
+
+def nested(x, w):
+    """Open loops three deep, with a product of another size in each."""
+
+    def innermost(x):
+        return jax.lax.while_loop(lambda x: jnp.abs(x).sum() > 3.0, lambda x: x @ w, x)
+
+    def inner(x):
+        half = lambda x: innermost(x.at[:8].set(x[:8] @ w))  # noqa: E731
+        return jax.lax.while_loop(lambda x: jnp.abs(x).sum() > 2.0, half, x)
+
+    def outer(state):
+        i, x = state
+        return i + 1, inner(x.at[:4].set(x[:4] @ w))
+
+    more = lambda state: (state[0] < 12) & (jnp.abs(state[1]).sum() > 1.0)  # noqa: E731
+    return jax.lax.while_loop(more, outer, (0, x))[1]
+
+
+def test_open_loops_in_open_loops_have_numbers_of_their_own():
+    row = 2 * 32 * 32
+    counts = lambda trips: counted(nested, (16, 32), (32, 32), unknown_trips=trips)  # noqa: E731
+    given = counts((10.0, 0.5, 0.2))
+    assert given.counts.flops == pytest.approx(10 * row * (4 + 0.5 * (8 + 0.2 * 16)))
+    assert [(loop.trips, loop.known) for loop in given.loops] == [(n, "given") for n in (10.0, 0.5, 0.2)]
+    assert counts((10.0, 0.5)).counts.flops == pytest.approx(10 * row * (4 + 0.5 * (8 + 0.5 * 16)))
+    assert counts(3).counts.flops == pytest.approx(3 * row * (4 + 3 * (8 + 3 * 16)))
+    assert counts(None).counts.flops == pytest.approx(12 * row * (4 + 8 + 16))
 
 
 def test_a_loop_without_a_bound_counts_once_and_says_so():

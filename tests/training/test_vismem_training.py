@@ -1,4 +1,4 @@
-"""VisMem's stages as updates: who gets a gradient, replay of rollouts, masks of the loss (checks 29, 30, 37, 38, 42)."""
+"""VisMem's stages as updates: who gets a gradient, replay of rollouts, masks (checks 29, 30, 37, 38, 42)."""
 
 from __future__ import annotations
 
