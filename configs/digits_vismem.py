@@ -16,7 +16,7 @@ ROWS = ("memory/vismem/rows/embed", "memory/vismem/rows/unembed/invoke")
 
 def get_config() -> ConfigDict:
     boards = {"split": "train", "seed": 11, "k": (0, 256), "n": (4,), "size": 100_000, "group": 1}
-    buckets = {"tokens": (48, 176, 304), "patches": (64,)}
+    buckets = {"tokens": (48, 304), "patches": (64,)}
     data = {"source": "boards", "buckets": buckets, "threads": 1, "prefetch": 4}
     return ConfigDict(
         {
@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
             "lora": None,
             "trainable": FORMERS,
             "data": {**data, "boards": boards},
-            "evaluation": {**data, "boards": {**boards, "split": "test", "size": 128}},
+            "evaluation": {**data, "boards": {**boards, "split": "test", "size": 64}},
             "grpo": {
                 "rewards": {"functions": ({"name": "board", "weight": 1.0, "read": 1.0},)},
                 "group": 8,
@@ -108,10 +108,10 @@ def get_config() -> ConfigDict:
                     "evaluation": None,
                     "lora": {"rank": 16, "alpha": 32.0},
                     "trainable": ("base/**/lora_a", "base/**/lora_b"),
-                    "data": {"boards": {"seed": 13, "k": (0, 0, 128)}},
+                    "data": {"boards": {"seed": 13, "k": (0,)}},
                     "grpo": {"max_new_tokens": 48, "vismem": {"stage": "warm_up", "bare": 0.5}},
                     "optimizer": {"learning_rate": 5e-3, "warmup_ratio": 0.05},
-                    "loop": {"steps": 130, "batch_size": 32, "p_block": 0.25},
+                    "loop": {"steps": 100, "batch_size": 32, "p_block": 0.0},
                 },
                 "1_warm_up": {
                     "evaluation": None,
@@ -125,14 +125,14 @@ def get_config() -> ConfigDict:
                 "2_memory": {
                     "grpo": {"vismem": {"controls": ("off", "shuffle")}},
                     "optimizer": {"learning_rate": 3e-4, "warmup_ratio": 0.2},
-                    "loop": {"steps": 30, "batch_size": 8},
+                    "loop": {"steps": 24, "batch_size": 8},
                 },
                 "3_invocation": {
                     "trainable": ROWS,
                     "experiment": {
                         "name": "digit_vismem",
                         "k": (0, 256),
-                        "boards": 128,
+                        "boards": 64,
                         "batch_size": 64,
                         "cells": 4,
                         "seed": 5,
@@ -144,7 +144,7 @@ def get_config() -> ConfigDict:
                         "learning_rate": 1e-2,
                         "multipliers": (("**/rows/embed/end", 0.1),),
                     },
-                    "loop": {"steps": 40, "batch_size": 8},
+                    "loop": {"steps": 24, "batch_size": 8},
                 },
             },
         }

@@ -166,8 +166,8 @@ def claims(runs: Sequence[Mapping[str, Measured]]) -> list[str]:
         f" {spread(gain(far), '+')} at {far} words and by {spread(gain(near), '+')} at {near}.",
         f"It is what the memory says that helps: {verdict(value(f'{far}/memory') > nothing)}; the best memory without"
         f" information reads {spread(nothing)} at {far} words.",
-        f"The policy calls more where memory helps: {verdict(more > 0)}; {spread(calls(far, 'after'))} of the answers at"
-        f" {far} words have a memory and {spread(calls(near, 'after'))} at {near} (before Stage II"
+        f"The policy calls more where memory helps: {verdict(more > 0)}; {spread(calls(far, 'after'))} of the answers"
+        f" at {far} words have a memory and {spread(calls(near, 'after'))} at {near} (before Stage II"
         f" {spread(calls(far, 'before'))} and {spread(calls(near, 'before'))}).",
     ]
 

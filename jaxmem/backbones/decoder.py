@@ -186,6 +186,7 @@ def scan_layers(
     ports: Ports = NO_PORTS,
     remat: Remat = False,
     backward_from: int = 0,
+    place: str = "residual",
 ) -> tuple[Array, Any]:
     """All layers over stacked weights in one `lax.scan`: compile time does not grow with depth.
 
@@ -200,6 +201,7 @@ def scan_layers(
       remat: what of a layer is recomputed in the backward pass, a key of `REMAT`.
       backward_from: no gradient is wanted below this layer, and the weights are frozen: the layers under it run
         outside differentiation, and weights are read by index instead of being split from the stack.
+      place: where the stream lies on a mesh, a key of `mesh.ACTIVATIONS`.
 
     Returns:
       [B, T, D] before the final norm; and stacked over layers, what `look` keeps and what the ports keep.
@@ -208,10 +210,10 @@ def scan_layers(
 
     def body(x: Array, index: Array, weights: Any, before: Any) -> tuple[Array, Any]:
         x, kept = run(x, weights, index, look if past is None else look(before))
-        return constrain(x, "residual"), kept
+        return constrain(x, place), kept
 
     step = rematerialised(body, remat)
-    x = constrain(x, "residual")
+    x = constrain(x, place)
     if not backward_from:
         return jax.lax.scan(lambda x, layer: step(x, *layer), x, (jnp.arange(config.layers), layers, past))
 

@@ -1,10 +1,10 @@
 """`jaxmem bench vismem`: what it costs when a model calls for memories while it generates.
 
-A random Qwen3-VL of about 100 M parameters in float32, 8 prompts with one image each, 128 slots per continuation, greedy.
-Prefill and vision tower are included on both sides. Measured are: the batch against a loop in Python over its rows
-(`row_by_row`), with invocations forced at the same random places; VisMem that is on but never called, against the plain
-backbone; one later invocation of a prompt with and without the former's prefix cache; and how many rows should form
-their memories together.
+A random Qwen3-VL of about 100 M parameters in float32, 8 prompts with one image each, 128 slots per continuation,
+greedy. Prefill and vision tower are included on both sides. Measured are: the batch against a loop in Python over its
+rows (`row_by_row`), with invocations forced at the same random places; VisMem that is on but never called, against the
+plain backbone; one later invocation of a prompt with and without the former's prefix cache; and how many rows should
+form their memories together.
 """
 
 from __future__ import annotations
@@ -66,20 +66,17 @@ def run(
       at_once: numbers of rows that form memories together.
     """
     config = config or backbone(layers=12, width=768, mlp_width=2304, heads=12, kv_heads=4, vocab=16_384)
-    base = jax.jit(lambda key: qwen3_vl.init(key, config))(jax.random.key(0))
-    spec = Spec(config, (vismem.create(config),))
-    model = _Model(spec, base, _memory(spec, base), prompts(config, rows, GRID, TEXT))
-    forced = InvokeConfig(mode="random", anywhere=True, probability=probability)
+    model, forced = random_model(config, rows), InvokeConfig(mode="random", anywhere=True, probability=probability)
     return [
-        _against_rows(model, forced, new, peer_runs),
-        _idle(model, new, runs),
-        *(_later(model, grid, runs) for grid in grids),
-        *_together(model, forced, new, runs, at_once),
+        against_rows(model, forced, new, peer_runs),
+        idle(model, new, runs),
+        *(later(model, grid, runs) for grid in grids),
+        *together(model, forced, new, runs, at_once),
     ]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Model:
+class Model:
     """A spec with VisMem, its two trees, and the prompts."""
 
     spec: Spec
@@ -93,6 +90,13 @@ class _Model:
         return generate(self.spec, self.base, self.memory, self.batch, settings, jax.random.key(0))
 
 
+def random_model(config: BackboneConfig, rows: int) -> Model:
+    """Random weights and prompts."""
+    base = jax.jit(lambda key: qwen3_vl.init(key, config))(jax.random.key(0, impl="rbg"))  # compiles soonest
+    spec = Spec(config, (vismem.create(config),))
+    return Model(spec, base, _memory(spec, base), prompts(config, rows, GRID, TEXT))
+
+
 def _memory(spec: Spec, base: Any) -> Any:
     """VisMem with noise in every leaf: no adapter is without effect."""
 
@@ -103,14 +107,14 @@ def _memory(spec: Spec, base: Any) -> Any:
         noisy = [leaf + 0.02 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
         return jax.tree.unflatten(tree, noisy)
 
-    return draw(jax.random.key(1), base)
+    return draw(jax.random.key(1, impl="rbg"), base)
 
 
 def _rates(sides: dict[str, Callable[[], Any]], tokens: int, runs: int) -> dict[str, list[float]]:
     return {side: [tokens / s for s in seconds] for side, seconds in alternate(sides, runs).items()}
 
 
-def _against_rows(model: _Model, invoke: InvokeConfig, new: int, runs: int) -> Comparison:
+def against_rows(model: Model, invoke: InvokeConfig, new: int, runs: int) -> Comparison:
     """The batch against one row at a time; vectors of memories do not count as tokens."""
     spec, rows = model.spec, len(model.batch.tokens)
     assert spec.vismem is not None
@@ -127,7 +131,7 @@ def _against_rows(model: _Model, invoke: InvokeConfig, new: int, runs: int) -> C
     return Comparison(label, "tokens/s", ours, peer, ours / peer, "ours / row by row >= 8", rates)
 
 
-def _idle(model: _Model, new: int, runs: int) -> Comparison:
+def idle(model: Model, new: int, runs: int) -> Comparison:
     """VisMem whose invocation tokens may be sampled but never are, against the plain backbone."""
     config = model.spec.backbone
     never = Spec(config, (vismem.create(config, invoke_bias=NEVER),))
@@ -140,7 +144,7 @@ def _idle(model: _Model, new: int, runs: int) -> Comparison:
     return Comparison(label, "tokens/s", ours, peer, peer / ours - 1, "share of time added <= 0.02", rates)
 
 
-def _later(model: _Model, grid: tuple[int, int], runs: int) -> Comparison:
+def later(model: Model, grid: tuple[int, int], runs: int) -> Comparison:
     """A later invocation of one prompt, with and without the keys of its visual states."""
     config = model.spec.backbone
     one = dataclasses.replace(model, batch=prompts(config, 1, grid, TEXT))
@@ -154,7 +158,7 @@ def _later(model: _Model, grid: tuple[int, int], runs: int) -> Comparison:
     return Comparison(label, "ms", ours, peer, peer / ours, "without / with > 1", seconds)
 
 
-def _invocation(model: _Model, *, prefix_cache: bool) -> Callable[[], np.ndarray]:
+def _invocation(model: Model, *, prefix_cache: bool) -> Callable[[], np.ndarray]:
     """A function that forms a long memory, splices it in, and returns the state [D] of its end token."""
     spec, batch = model.spec, model.batch
     config, invoke = spec.vismem, InvokeConfig(max_invocations=1, prefix_cache=prefix_cache)
@@ -197,9 +201,7 @@ def _invocation(model: _Model, *, prefix_cache: bool) -> Callable[[], np.ndarray
     return work
 
 
-def _together(
-    model: _Model, invoke: InvokeConfig, new: int, runs: int, at_once: Sequence[int]
-) -> list[Comparison]:
+def together(model: Model, invoke: InvokeConfig, new: int, runs: int, at_once: Sequence[int]) -> list[Comparison]:
     """`rows_at_once` of several sizes, all in turns, against its default."""
     default = InvokeConfig().rows_at_once
     settings = {size: dataclasses.replace(invoke, rows_at_once=size) for size in sorted({*at_once, default})}

@@ -52,8 +52,8 @@ def _refuse(tokenizer: Any) -> None:
     vocab = tokenizer.get_vocab()
     if there := [f"{token} (id {vocab[token]})" for token in CONTROL if token in vocab]:
         raise ConfigError(
-            f"the tokenizer has the control tokens {', '.join(there)} already: it was exported with a VisMem folded into "
-            "its vocabulary; load the original backbone and restore the memory onto it"
+            f"the tokenizer has the control tokens {', '.join(there)} already: it was exported with a VisMem folded "
+            "into its vocabulary; load the original backbone and restore the memory onto it"
         )
 
 

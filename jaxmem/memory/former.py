@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from jaxmem.memory.vismem import VisMemConfig
 
 
+SHORT = 512
+"""Up to so many states of a memory move on a mesh and weights stay; beyond, weights come to the states."""
+
+
 @flax.struct.dataclass
 class Seen:
     """States that stand first, valid ones among padding: rows [B, Y, D], valid [B, Y] bool."""
@@ -220,6 +224,7 @@ def form(
         decoder.among(stream, stream) if past is None else _behind(visual, stream),
         past=past,
         remat=remat,
+        place="token" if x.shape[1] <= SHORT else "residual",
     )
     memory = _finished(config, backbone, base, params, out[:, -config.longest :])
     return jnp.where(used[..., None], memory, 0)

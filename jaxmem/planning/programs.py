@@ -209,14 +209,14 @@ class _Run:
 
     @property
     def _memories(self) -> tuple[int, int]:
-        """Memories of a completion, as many as there may be, and the text of one: its share of the slots. In the warm-up
-        one memory stands in front of all text, behind its invocation token."""
+        """Memories of a completion, as many as there may be, and the text of one: its share of the slots. The warm-up's
+        only one stands in front of all text, behind its invocation token, or anywhere."""
         if not self.stage:
             return 0, 0
+        invoke, new = self._method.vismem.invoke, self._method.max_new_tokens
         if self.stage == "warm_up":
-            return 1, 2
-        most = self._method.vismem.invoke.max_invocations
-        return most, self._method.max_new_tokens // most
+            return 1, new // 2 if invoke.anywhere else 2
+        return invoke.max_invocations, new // invoke.max_invocations
 
     @property
     def group(self) -> int:
@@ -292,7 +292,8 @@ class _Run:
         if config is None or not self.stage:
             return {}
         most, text = self._memories
-        longest = text if self.stage == "warm_up" else new
+        first = self.stage == "warm_up" and not self._method.vismem.invoke.anywhere
+        longest = text if first else new
         shape = lambda dtype, *sizes: jax.ShapeDtypeStruct((*group, *sizes), dtype)  # noqa: E731
         spliced = Spliced(
             place=shape(jnp.int32, new),

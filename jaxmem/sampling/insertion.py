@@ -37,8 +37,10 @@ from jaxmem.sampling.cache import Cache, Tail
 from jaxmem.sampling.invoking import InvokeConfig, fitting
 from jaxmem.sampling.slots import Slot
 
-TEXT_SIZES = (64, 256)
+TEXT_SIZES = (16, 64, 256)
 """Text states that a former reads come in these sizes, or as many as there can be."""
+COLUMNS = 16
+"""A cache of a multiple of so many slots is read faster: products come in vectors."""
 NOISE = 2**31 - 1
 """Folded into a continuation's key for noise in place of memories; tokens take their numbers."""
 
@@ -71,8 +73,10 @@ class Insertions:
 
 
 def columns(config: VisMemConfig, invoke: InvokeConfig) -> int:
-    """Slots that the memories and end tokens of one continuation can take beside its tokens."""
-    return 0 if invoke.mode == "off" else invoke.max_invocations * (config.longest + 1)
+    """Slots that the memories and end tokens of one continuation can take beside its tokens, in whole `COLUMNS`."""
+    if invoke.mode == "off":
+        return 0
+    return -(-invoke.max_invocations * (config.longest + 1) // COLUMNS) * COLUMNS
 
 
 def text_sizes(room: int) -> tuple[int, ...]:
@@ -409,20 +413,37 @@ class _Pick:
 
     def take(self, leaf: Array) -> Array:
         """[B, G, ...] -> [W, ...]."""
-        places = self.order // self.group, self.order % self.group
-        found = jax.vmap(lambda part, prompt, member: part[prompt, member])(self._parts(leaf), *places)
-        return found.reshape(-1, *leaf.shape[2:])
+        found = jax.vmap(lambda part, prompt: part[prompt])(self._parts(leaf), self.order // self.group)
+        found, member = found.reshape(-1, *leaf.shape[1:]), (self.order % self.group).reshape(-1)
+        if ways("sequence") == 1 or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.vmap(lambda row, at: row[at])(found, member)
+        # Members lie on the devices of the sequence: a sum sends one of them, where an index would gather all.
+        here = jnp.arange(self.group) == member[:, None]
+        here = here.reshape(*here.shape, *(1,) * (found.ndim - 2))
+        return jnp.sum(jnp.where(here, found, jnp.zeros((), leaf.dtype)), axis=1, dtype=leaf.dtype)
 
     def put(self, leaf: Array, new: Array) -> Array:
         """[B, G, ...] with the live rows of new [W, ...] in their places."""
         parts = self._parts(leaf)
         new = new.reshape(*self.order.shape, *leaf.shape[2:]).astype(leaf.dtype)
+        if ways("sequence") > 1:
+            return self._written_over(parts, new).reshape(leaf.shape)
 
         def one(part: Array, index: Array, live: Array, values: Array) -> Array:
             prompt = jnp.where(live, index // self.group, len(part))
             return part.at[prompt, index % self.group].set(values, mode="drop")
 
         return jax.vmap(one)(parts, self.order, self.live, new).reshape(leaf.shape)
+
+    def _written_over(self, parts: Array, new: Array) -> Array:
+        """parts [P, B / P, G, ...] with the live rows of new [P, w, ...]. An index would gather all members on every
+        device of the sequence, so each device goes through its own."""
+        places = jnp.arange(parts.shape[1] * self.group).reshape(1, -1, self.group)
+        for nth in range(self.order.shape[1]):
+            here = (places == self.order[:, nth, None, None]) & self.live[:, nth, None, None]
+            here = here.reshape(*here.shape, *(1,) * (parts.ndim - 3))
+            parts = jnp.where(here, new[:, nth, None, None], parts)
+        return parts
 
     def _parts(self, leaf: Array) -> Array:
         """[B, G, ...] -> [P, B / P, G, ...]: prompts and members stay axes of their own, which a mesh cuts."""

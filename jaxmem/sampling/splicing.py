@@ -37,10 +37,10 @@ class Spliced:
       control: [B, G, N, 4] bool, which control tokens could be sampled in a slot.
     """
 
-    place: np.ndarray
-    types: np.ndarray
-    text: np.ndarray
-    control: np.ndarray
+    place: Array
+    types: Array
+    text: Array
+    control: Array
 
 
 def locate(config: VisMemConfig, tokens: np.ndarray, kinds: np.ndarray, permits: np.ndarray, most: int) -> Spliced:

@@ -154,7 +154,7 @@ def token_logprobs(
     return _joined(found[0], parts)[:, :length], _joined(found[1], parts)[:, :length]
 
 
-def _control_logits(control: Control, hidden: jax.Array, allowed: jax.Array | None) -> jax.Array:
+def _control_logits(control: Control, hidden: jax.Array, allowed: Any) -> jax.Array:
     """float32 [B, C, X], -inf where a token could not be sampled."""
     rows = control.rows.astype(hidden.dtype)
     own = jnp.einsum("bcd,xd->bcx", hidden, rows, preferred_element_type=jnp.float32) + control.bias

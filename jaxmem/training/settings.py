@@ -141,9 +141,7 @@ class TrainConfig:
         if self.experiment is not None and "name" not in self.experiment:
             raise ConfigError('experiment has no key "name"; write for example {"name": "digit_boards"}')
         if self.lora is not None and self.adapter_folder is not None:
-            raise ConfigError(
-                "lora makes fresh factors, adapter_folder goes on from old ones; set one of them to None"
-            )
+            raise ConfigError("lora makes fresh factors, adapter_folder goes on from old ones; set one of them to None")
         if len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"seeds {self.seeds} names one twice; every seed is a run of its own")
         choose(PRESETS, self.xla_flags, "preset xla_flags")

@@ -65,7 +65,7 @@ class Stage:
             memory = self._with(plain, mode="random", anywhere=False, probability=1.0, delimiters=self.delimiters)
         found = {"": memory}
         for name in self.settings.controls:
-            change = {"mode": "off"} if name == "off" else {"content": name}
+            change: dict[str, Any] = {"mode": "off"} if name == "off" else {"content": name}
             invoke = dataclasses.replace(memory.invoke, **change)
             found[name] = dataclasses.replace(memory, invoke=invoke)
         return found
@@ -186,10 +186,10 @@ def references(
         if not prompt.answer:
             raise DataError("grpo.vismem.stage 'warm_up' learns from reference answers, and a record has none")
         size, answer = config.sizes[kind], prompt.answer
-        memory = [(config.invoke_ids[kind], Slot.FORCED), *[(pad, Slot.MEMORY)] * size, (config.end_ids[kind], Slot.END)]
+        invoke, end = (config.invoke_ids[kind], Slot.FORCED), (config.end_ids[kind], Slot.END)
         slots, place = [(token, Slot.TEXT) for token in answer], int(places[row] * len(answer))
         if not plain[row]:
-            slots[place:place] = memory
+            slots[place:place] = [invoke, *[(pad, Slot.MEMORY)] * size, end]
         if len(slots) > limit:
             raise DataError(
                 f"a memory of {size} vectors and an answer of {len(answer)} tokens exceed grpo.max_new_tokens {limit};"

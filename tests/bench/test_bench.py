@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from jaxmem import cli
 from jaxmem.backbones import qwen3_vl
-from jaxmem.bench import compiling, decoding, loading, models, rollouts, run
+from jaxmem.bench import compiling, decoding, invocations, loading, models, rollouts, run
+from jaxmem.sampling.invoking import InvokeConfig
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,33 @@ def test_decode_compares_the_same_tokens(config: object) -> None:
 def test_loading_measures_what_a_host_holds(config: object) -> None:
     (comparison,) = loading.run(config, hosts=2)
     assert 0.03 < comparison.ours < comparison.peer and comparison.ratio == comparison.ours / comparison.peer
+
+
+def test_vismem_compares_the_same_tokens_and_memories(config: object) -> None:
+    model = invocations.random_model(config, rows=2)
+    forced = InvokeConfig(mode="random", anywhere=True, probability=0.2)
+    rows = invocations.against_rows(model, forced, new=48, runs=1)
+    least, most = map(int, re.findall(r"\d+", rows.name)[1:3])
+    assert 0 < least <= most and "same tokens: 100.0%" in rows.name
+    assert rows.ratio == pytest.approx(rows.ours / rows.peer)
+
+
+@pytest.mark.slow  # compiles two state machines and the pieces of the loop over rows
+def test_vismem_measures_all_four(
+    config: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {"rows": 2, "new": 48, "runs": 1, "peer_runs": 1, "probability": 0.2, "grids": ((4, 8),), "at_once": (2,)}
+    measure = invocations.run
+    monkeypatch.setattr(invocations, "run", lambda: measure(config, **small))
+    assert cli.main(["bench", "vismem", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"name", "ours", "peer", "ratio", "goal", "runs", "machine"} <= set(found) and found["name"] == "vismem"
+    rows, idle, later, together = found["comparisons"]
+    assert found["ratio"] == rows["ratio"]
+    assert "same tokens: 100.0%" in rows["name"] and "same tokens: 100.0%" in idle["name"]
+    assert idle["ratio"] == pytest.approx(idle["peer"] / idle["ours"] - 1)
+    assert "10 visual states" in later["name"] and float(later["name"].split()[-1].rstrip(")")) < 1e-4
+    assert later["ratio"] == pytest.approx(later["peer"] / later["ours"]) and "rows_at_once 2" in together["name"]
 
 
 @pytest.mark.slow  # compiles four gradient steps

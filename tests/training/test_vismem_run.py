@@ -103,9 +103,7 @@ def test_what_a_stage_says(trained):
     results, output = trained
     last = metrics.read(output / "3_invocation")[-1]
     wanted = {"eval/reward", "eval/shuffle/reward", "eval/vismem/short_share", "eval/vismem/long_per_completion"}
-    assert wanted <= set(
-        last
-    )
+    assert wanted <= set(last)
     steps = [line for line in metrics.read(output / "2_memory") if "loss" in line]
     assert all(line["vismem/short_share"] + line["vismem/long_share"] > 0 for line in steps) and len(steps) == 3
     assert {"vismem/base", "kl"} <= set(steps[0])
