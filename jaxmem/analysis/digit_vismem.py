@@ -141,7 +141,7 @@ def read(folder: str | Path) -> dict[str, Measured]:
 def summary(folders: Sequence[str | Path]) -> str:
     """A table over several seeds' runs of a stage (mean and sample standard deviation), and what it says."""
     runs = [read(folder) for folder in folders]
-    lines = [f"{'words':>6s}  {'memory':10s}{'read':>16s}{'answers with a memory':>26s}"]
+    lines = [f"{'words':>6s}  {'memory':18s}{'read':>16s}{'answers with one':>18s}"]
     for name in runs[0]["after"]:
         words, condition = name.split("/")
         rows = [("", "after")] if condition != CALLED else [(", before", "before"), (", after", "after")]

@@ -7,8 +7,8 @@ is taken to be as long as its bucket.
 
 A memory of VisMem takes the query builder, and the decoder without its head over visual and text states, queries and
 the mean of the types' vectors; adapters are left out. Every completion has as many memories as the caller says.
-Rollouts read the visual states once per prompt and type, training reads them for each memory. Where formers train, completions
-are read twice forwards: memories are formed of the states that the first pass leaves.
+Rollouts read the visual states once per prompt and type, training reads them for each memory. Where formers train,
+completions are read twice forwards: memories are formed of the states that the first pass leaves.
 """
 
 from __future__ import annotations
