@@ -306,8 +306,13 @@ def logits(spec: Spec, base: Any, hidden: Array) -> Array:
 
 def next_logits(spec: Spec, base: Any, memory: Any, hidden: Array) -> Array:
     """`logits` of everything that can be sampled, [..., spec.vocab]: with VisMem its four tokens behind the
-    tokenizer's, and no rows that stand for no token."""
+    tokenizer's, and no rows that stand for no token.
+
+    On a mesh they are computed by rows of the head, and lie as they are drawn from: whole for each continuation.
+    """
     scores, config = logits(spec, base, hidden), spec.vismem
+    shape = scores.shape
+    scores = constrain(constrain(scores.reshape(-1, shape[-1]), "next_logits"), "scores").reshape(shape)
     if config is None:
         return scores
     own = vismem.control_logits(config, memory[config.name], hidden)

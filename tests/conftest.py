@@ -1,17 +1,32 @@
 """Every test runs on the CPU with eight devices, so that sharding is tested wherever the suite runs.
 
-Many tests start runs anew and so compile the same programs again; one cache per session keeps them.
+Most of a test's time is compiling. XLA's older loop emitters take half as long as its fusion emitters. Many tests start
+runs anew and so compile the same programs again; one cache per session keeps them.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}".strip()
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxmem-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _release_programs():
+    """Each compiled program holds memory maps, of which a process may have 65,530; beyond that compiling crashes."""
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()

@@ -1,9 +1,9 @@
 """Does a VisMem on the digit boards carry information, and is it called for where it helps? Around a training stage.
 
-`before` and `after` let the model answer unseen boards, near the image and far from it, greedily: without memory, with
-a memory in front of every answer, with memories that carry nothing, and where the policy calls for them. What was
-measured is kept in the run's folder as `digit_vismem.json`; over several seeds `summary` makes one table of it, with a
-sentence for each claim.
+`before` and `after` let the model answer unseen boards greedily, with the image in sight of its text and hidden from it
+(visual-key blocking): without memory, with a memory in front of every answer, with memories that carry nothing, and
+where the policy calls for them. What was measured is kept in the run's folder as `digit_vismem.json`; over several
+seeds `summary` makes one table of it, with a sentence for each claim.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from jaxmem.training.vismem_stages import types_of
 KEPT = "digit_vismem.json"
 CALLED = "called"
 Measured = dict[str, dict[str, float]]
-"""{"<words>/<condition>": {"read", "short", "long"}}: mean share of cells read, and of answers with a memory."""
+"""{"<seen|hidden>/<condition>": {"read", "short", "long"}}: mean share of cells read, and of answers with a memory."""
+SEEN, HIDDEN = "seen", "hidden"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,8 @@ class DigitVisMem:
 
     Attributes:
       name: "digit_vismem".
-      k: words between image and question, near and far.
-      boards: per distance.
+      k: words between image and question.
+      boards: how many.
       batch_size: boards that are answered together.
       cells: asked for on each board.
       seed: of the boards.
@@ -52,7 +53,7 @@ class DigitVisMem:
     """
 
     name: str = "digit_vismem"
-    k: tuple[int, int] = (0, 256)
+    k: int = 0
     boards: int = 128
     batch_size: int = 64
     cells: int = 4
@@ -90,24 +91,23 @@ def conditions(model: Model) -> dict[str, InvokeConfig]:
 
 
 def measure(settings: DigitVisMem, model: Model) -> Measured:
-    """Every condition at every distance."""
-    found = {}
-    for k in settings.k:
-        boards = BoardDataset("test", settings.seed, (k,), (settings.cells,), settings.boards, settings.boards)
-        for name, invoke in conditions(model).items():
-            found[f"{k}/{name}"] = _measured(settings, model, boards, invoke)
-    return found
+    """Every condition, on the same boards with the image in sight and hidden."""
+    boards = BoardDataset("test", settings.seed, (settings.k,), (settings.cells,), settings.boards, settings.boards)
+    every = [(sight, name, invoke) for sight in (SEEN, HIDDEN) for name, invoke in conditions(model).items()]
+    return {f"{sight}/{name}": _measured(settings, model, boards, invoke, sight) for sight, name, invoke in every}
 
 
-def _measured(settings: DigitVisMem, model: Model, boards: Sequence[Any], invoke: InvokeConfig) -> dict[str, float]:
+def _measured(
+    settings: DigitVisMem, model: Model, boards: Sequence[Any], invoke: InvokeConfig, sight: str
+) -> dict[str, float]:
     encode, judge, size = encoder(model.processor), BoardReward(read=1.0), settings.batch_size
     sampler = model.sampler(max_new_tokens=settings.max_new_tokens, invoke=invoke)
-    read, types = [], []
+    read, types, blind = [], [], np.full(size, sight == HIDDEN)
     for start in range(0, len(boards), size):
         some = [boards[i] for i in range(start, min(start + size, len(boards)))]
         prompts = [encode(board) for board in some]
         longest = -(-max(len(prompt.example) for prompt in prompts) // 16) * 16
-        batch = batch_of(prompts, Buckets((longest,), (64,)), model.processor.pad_token, size)
+        batch = batch_of(prompts, Buckets((longest,), (64,)), model.processor.pad_token, size, blind)
         rolled = rollout(model.spec, model.base, model.memory, batch, sampler, jax.random.key(start), 1)
         read += [_score(model, judge, rolled, row, board) for row, board in enumerate(some)]
         types.append(types_of(model.spec.vismem, rolled)[: len(some), 0])  # pyrefly: ignore
@@ -141,34 +141,33 @@ def read(folder: str | Path) -> dict[str, Measured]:
 def summary(folders: Sequence[str | Path]) -> str:
     """A table over several seeds' runs of a stage (mean and sample standard deviation), and what it says."""
     runs = [read(folder) for folder in folders]
-    lines = [f"{'words':>6s}  {'memory':18s}{'read':>16s}{'answers with one':>18s}"]
+    lines = [f"{'image':6s}  {'memory':18s}{'read':>16s}{'answers with one':>18s}"]
     for name in runs[0]["after"]:
-        words, condition = name.split("/")
+        sight, condition = name.split("/")
         rows = [("", "after")] if condition != CALLED else [(", before", "before"), (", after", "after")]
         for label, when in rows:
             reads = [run[when][name]["read"] for run in runs]
             calls = [_share(run[when][name]) for run in runs]
-            lines.append(f"{words:>6s}  {condition + label:18s}{spread(reads):>16s}{spread(calls):>18s}")
+            lines.append(f"{sight:6s}  {condition + label:18s}{spread(reads):>16s}{spread(calls):>18s}")
     return "\n".join([*lines, "", *claims(runs)])
 
 
 def claims(runs: Sequence[Mapping[str, Measured]]) -> list[str]:
     """One sentence per claim, whatever the outcome; a claim holds when it does in every run."""
-    near, far = sorted({int(name.split("/")[0]) for name in runs[0]["after"]})
     value = lambda name: np.array([run["after"][name]["read"] for run in runs])  # noqa: E731
-    calls = lambda k, when: np.array([_share(run[when][f"{k}/{CALLED}"]) for run in runs])  # noqa: E731
-    gain = lambda k: value(f"{k}/memory") - value(f"{k}/off")  # noqa: E731
-    nothing = np.maximum.reduce([value(f"{far}/{name}") for name in ("zero", "noise", "shuffle")])
+    calls = lambda sight, when: np.array([_share(run[when][f"{sight}/{CALLED}"]) for run in runs])  # noqa: E731
+    gain = lambda sight: value(f"{sight}/memory") - value(f"{sight}/off")  # noqa: E731
+    nothing = np.maximum.reduce([value(f"{HIDDEN}/{name}") for name in ("zero", "noise", "shuffle")])
     verdict = lambda holds: "yes" if holds.all() else "no" if not holds.any() else "in some seeds"  # noqa: E731
-    more = calls(far, "after") - calls(near, "after")
+    more = calls(HIDDEN, "after") - calls(SEEN, "after")
     return [
-        f"A memory in front of the answer helps far from the image: {verdict(gain(far) > 0)}; it changes reading by"
-        f" {spread(gain(far), '+')} at {far} words and by {spread(gain(near), '+')} at {near}.",
-        f"It is what the memory says that helps: {verdict(value(f'{far}/memory') > nothing)}; the best memory without"
-        f" information reads {spread(nothing)} at {far} words.",
-        f"The policy calls more where memory helps: {verdict(more > 0)}; {spread(calls(far, 'after'))} of the answers"
-        f" at {far} words have a memory and {spread(calls(near, 'after'))} at {near} (before Stage II"
-        f" {spread(calls(far, 'before'))} and {spread(calls(near, 'before'))}).",
+        f"A memory in front of the answer helps where the image is hidden: {verdict(gain(HIDDEN) > 0)}; it changes"
+        f" reading by {spread(gain(HIDDEN), '+')} there and by {spread(gain(SEEN), '+')} where the image is seen.",
+        f"It is what the memory says that helps: {verdict(value(f'{HIDDEN}/memory') > nothing)}; the best memory"
+        f" without information reads {spread(nothing)}.",
+        f"The policy calls more where memory helps: {verdict(more > 0)}; {spread(calls(HIDDEN, 'after'))} of the"
+        f" answers have a memory where the image is hidden and {spread(calls(SEEN, 'after'))} where it is seen (before"
+        f" Stage II {spread(calls(HIDDEN, 'before'))} and {spread(calls(SEEN, 'before'))}).",
     ]
 
 

@@ -80,7 +80,7 @@ def _record(spec: Spec, settings: SamplerConfig, state: State, scores: Array) ->
     live, limit, insertions = state.live, state.tokens.shape[2], state.insertions
     keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(state.keys, state.index)
     flat = lambda leaf: None if leaf is None else leaf.reshape(-1, *leaf.shape[2:])  # noqa: E731
-    scores = constrain(constrain(flat(scores), "next_logits"), "scores")
+    scores = constrain(flat(scores), "scores")
     fits = free = None
     if insertions is not None:
         fits = insertion.fits(spec, settings.invoke, insertions, state.count, limit)

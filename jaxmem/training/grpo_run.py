@@ -198,6 +198,8 @@ def evaluator(
 ) -> Callable[[TrainState], dict[str, float]]:
     """state -> {"eval/reward", "eval/rewards/<function>/mean", "eval/completions/..."} over a whole evaluation set.
 
+    As in training, the share `loop.p_block` of its rows has visual-key blocking, the same rows in every evaluation.
+
     Args:
       trainer: gives weights, rewards and settings.
       data: the evaluation's prompts.
@@ -210,12 +212,13 @@ def evaluator(
 
     stage = trainer.stage
     trials = {"": settings} if stage is None else stage.trials(settings)
+    blind = lambda batch: blind_rows(seed, batch, data.batch_size, trainer.loop.p_block)  # noqa: E731
 
     def evaluate(state: TrainState) -> dict[str, float]:
         tree, found = trees.merge(trainer.cast(state.trainable), trainer.frozen), {}
         for name, sampling in trials.items():
             played = [
-                player(tree, rows.examples, rows.names, jax.random.key(seed + i), sampling, config.eval_group)
+                player(tree, rows.examples, rows.names, jax.random.key(seed + i), sampling, config.eval_group, blind(i))
                 for i, rows in enumerate(data.epoch())
             ]
             whole = functools.reduce(lambda a, b: a + b, played)

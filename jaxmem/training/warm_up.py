@@ -60,8 +60,7 @@ class WarmUp:
         pad, size = player.processor.pad_token, trainer.loop.batch_size
         tokens, kinds, lengths = vismem_stages.references(config, rows.examples, key, limit, pad, stage.settings)
         spliced = splicing.locate(config, tokens, kinds, np.zeros_like(kinds), 1)
-        share = trainer.loop.p_block
-        blind = blind_rows(trainer.seed, done, size, share) if share else None
+        blind = blind_rows(trainer.seed, done, size, trainer.loop.p_block)[: len(kinds)] & with_memory(kinds)
         fill = lambda leaf: np.pad(leaf, [(0, size - len(leaf))] + [(0, 0)] * (leaf.ndim - 1))  # noqa: E731
         return Samples(
             prompts=batch_of(rows.examples, player.buckets, pad, size, blind),
@@ -74,3 +73,8 @@ class WarmUp:
             # Nothing of the first memory's text stands behind a memory, so what is recorded here is never read.
             memories=np.zeros((size, 1, 1, config.longest, config.width), np.float32),
         )
+
+
+def with_memory(kinds: np.ndarray) -> np.ndarray:
+    """[B] bool of kinds [B, 1, N]: rows whose image may be hidden. Without image and memory an answer is a guess."""
+    return (kinds == Slot.MEMORY).any(axis=(1, 2))

@@ -27,7 +27,11 @@ def test_batches_equal_the_processors(blind):
     wanted = collate(examples, Buckets((160,), (64,)), processor.pad_token, blind=[blind] * len(boards))
     got = BoardBatcher(Tokenizer.from_file(str(TINY / "tokenizer.json")), CONFIG)(boards, 160, blind)
     for field in dataclasses.fields(got):
-        ours, theirs = np.asarray(getattr(got, field.name)), np.asarray(getattr(wanted, field.name))
+        ours, theirs = getattr(got, field.name), getattr(wanted, field.name)
+        assert (ours is None) == (theirs is None), field.name
+        if ours is None:  # this backbone has no windows
+            continue
+        ours, theirs = np.asarray(ours), np.asarray(theirs)
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, field.name
         if field.name != "patch_table":  # entries without weight may name any row
             np.testing.assert_allclose(ours, theirs, atol=1e-6, err_msg=field.name)

@@ -34,6 +34,7 @@ def test_loading_measures_what_a_host_holds(config: object) -> None:
     assert 0.03 < comparison.ours < comparison.peer and comparison.ratio == comparison.ours / comparison.peer
 
 
+@pytest.mark.slow  # compiles a state machine and the pieces of the loop over rows
 def test_vismem_compares_the_same_tokens_and_memories(config: object) -> None:
     model = invocations.random_model(config, rows=2)
     forced = InvokeConfig(mode="random", anywhere=True, probability=0.2)

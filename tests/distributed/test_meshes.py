@@ -23,7 +23,7 @@ from tests.distributed import world as w
 EVERYTHING, MEMORY = ("**", "!base/visual"), "memory"
 ONE = "1x1"
 OTHERS = [name for name in w.MESHES if name != ONE]
-RARE = ("data 8", "sequence 4 x tensor 2")  # compile for long; the others have the same axes
+RARE = ("fsdp 8 x tensor 1", "data 8", "fsdp 2 x tensor 4", "sequence 4 x tensor 2")  # the others have the same axes
 MARKED = [pytest.param(name, marks=pytest.mark.slow) if name in RARE else name for name in OTHERS]
 
 

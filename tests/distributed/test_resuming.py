@@ -27,7 +27,11 @@ def undisturbed(folder, tmp_path_factory):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    "first, second", [({"fsdp": 2, "tensor": 2}, {"data": 2, "sequence": 2}), ({"fsdp": 2, "sequence": 2}, {})]
+    "first, second",
+    [
+        ({"fsdp": 2, "tensor": 2}, {"data": 2, "sequence": 2}),
+        pytest.param({"fsdp": 2, "sequence": 2}, {}, marks=pytest.mark.slow),
+    ],
 )
 def test_another_mesh_continues_the_same_run(folder, undisturbed, tmp_path, monkeypatch, first, second):  # noqa: F811
     place, calls = loop.place, []

@@ -29,6 +29,7 @@ CONFIG = vismem.create(
     long=4,
     builder_heads=4,
     rank=4,
+    alpha=4.0,
     text_cap=16,
     builder_length=48,
     long_targets=("q", "k", "o", "up"),
@@ -165,10 +166,12 @@ def test_updates_of_every_stage_equal_those_of_one_device(name, stage):
     ours, known = learnt(stage, name), learnt(stage, ONE)
     np.testing.assert_allclose(ours[0], known[0], rtol=1e-5)
     np.testing.assert_allclose(ours[2], known[2], rtol=0, atol=1e-5)
+    most = max(np.abs(leaf).max() for leaf in jax.tree.leaves(known[1]))
     for (path, leaf), want in zip(jax.tree_util.tree_leaves_with_path(ours[1]), jax.tree.leaves(known[1]), strict=True):
         largest = np.abs(want).max()
         assert largest > 0, path
-        np.testing.assert_allclose(leaf, want, rtol=0, atol=max(3e-5 * largest, 1e-9), err_msg=str(path))
+        # What is zero but for rounding, such as the gradient of a key's bias, is compared with the rest.
+        np.testing.assert_allclose(leaf, want, rtol=0, atol=max(3e-5 * largest, 1e-7 * most), err_msg=str(path))
     wanted = meshes.shardings(mesh_of(name), ours[3])
     for leaf, want in zip(jax.tree.leaves(ours[3]), jax.tree.leaves(wanted), strict=True):
         assert leaf.sharding.is_equivalent_to(want, leaf.ndim)

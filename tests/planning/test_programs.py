@@ -105,9 +105,9 @@ def test_rollouts_with_memories_are_counted_once_per_memory(capsys):
     pytest.importorskip("libtpu")
     words = (f"--config={CONFIGS}/digits_vismem.py", "--topology=v5e:2x2", "--mesh=fsdp=2,sequence=2")
     code, found = plan(capsys, *words)
-    assert code == 0 and [one["name"].partition(":")[0] for one in found] == ["1_warm_up", "2_memory", "3_invocation"]
-    for one in found[1:]:
-        rollout = one["programs"][1]
+    rollouts = [program for one in found for program in one["programs"] if program["name"] == "rollout"]
+    assert code == 0 and len(rollouts) == 2
+    for rollout in rollouts:
         assert 0.5 < rollout["flops"] * 4 / rollout["model_flops"] < 4
         assert rollout["bytes"]["cache"] > 0
 

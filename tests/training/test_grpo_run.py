@@ -138,6 +138,7 @@ def test_a_run_that_dies_goes_on_bit_for_bit(folder, undisturbed, tmp_path, monk
     assert lines(again.output) == lines(undisturbed.output)
 
 
+@pytest.mark.slow
 def test_everything_at_once(folder, tmp_path):
     """Two passes, minibatches of microbatches, a reference, the trainer's log-probabilities, resampling, two judges."""
     grpo = {

@@ -127,6 +127,7 @@ def test_check_50_the_verbs_run(trained, capsys):
     assert cli.run(["--help"]) == 0 and "invocations" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # a run of its own; GRPO without memory dies and goes on in test_grpo_run
 def test_check_44_a_stage_that_dies_goes_on_bit_for_bit(folder, trained, tmp_path, monkeypatch):
     """Parameters, optimizer, sampled completions and data of Stage I, which died in its second step."""
     results, output = trained
@@ -158,7 +159,7 @@ def test_faults_are_named(folder, tmp_path):
         run.train({**plain, "trainable": "memory"})
     with pytest.raises(ConfigError, match=r"stages\.1_warm_up.*lop"):
         stages.plan(built(folder, tmp_path / "b", stages={"1_warm_up": {"lop": {"steps": 1}}}))
-    short = settings(folder, tmp_path / "c", stages=None)
+    short = settings(folder, tmp_path / "c", stages=None, evaluation=None)
     short["grpo"] = {**short["grpo"], "max_new_tokens": 6, "vismem": {"stage": "warm_up"}}
     with pytest.raises(DataError, match="exceed grpo.max_new_tokens 6"):
         run.train(short)
