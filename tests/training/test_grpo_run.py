@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +15,7 @@ from PIL import Image
 from jaxmem import api
 from jaxmem import config as configs
 from jaxmem.errors import ConfigError, DataError
+from jaxmem.sampling.logits import SamplerConfig
 from jaxmem.training import grpo_run, loop, metrics, playing, run, seeds
 from jaxmem.training.advantages import AdvantageConfig, advantages
 from jaxmem.training.settings import TrainConfig
@@ -242,6 +246,33 @@ def test_check_37_truncated_dead_and_unjudged_completions_are_in_no_sum(folder, 
     samples = trainer._samples(groups, compared)
     counted = samples.mask.sum(-1).astype(int).tolist()
     assert counted == [[2, 0, 4], [0, 0, 0], [1, 0, 0], [5, 5, 0]]
+
+
+def test_an_evaluation_hides_the_same_images_each_time_and_as_many_as_training(folder, monkeypatch):
+    config = configs.build(TrainConfig, settings(folder, "out"), "config")
+    hidden: list[np.ndarray] = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Player:
+        buckets: Any = None
+        rows: int = 0
+
+        def __call__(self, *arguments):
+            hidden.append(arguments[6])
+            return 0
+
+    trainer, sampler = object.__new__(grpo_run.Trainer), SamplerConfig(max_new_tokens=NEW)
+    given = {"config": config.grpo, "loop": config.loop, "player": Player(), "sampler": sampler, "stage": None}
+    for name, value in {**given, "cast": lambda tree: tree, "frozen": {}}.items():
+        object.__setattr__(trainer, name, value)
+    monkeypatch.setattr(grpo_run.grpo_metrics, "of_rewards", lambda *_: {})
+    rows = SimpleNamespace(examples=[], names=[])
+    evaluate = grpo_run.evaluator(trainer, SimpleNamespace(batch_size=8, epoch=lambda: [rows] * 3), None, 0)
+    for _ in range(2):
+        evaluate(SimpleNamespace(trainable={}))
+    assert np.shape(hidden) == (6, 8) and np.sum(hidden, axis=1).tolist() == [4] * 6
+    np.testing.assert_array_equal(hidden[:3], hidden[3:])
+    assert len({tuple(one) for one in hidden}) > 1
 
 
 def test_resampling_replaces_dead_groups_and_keeps_their_number():

@@ -12,6 +12,7 @@ from jaxmem.sampling.slots import Slot, text_tokens
 from jaxmem.training import vismem_stages
 from jaxmem.training.prompts import Prompt
 from jaxmem.training.vismem_settings import VisMemStage
+from jaxmem.training.warm_up import with_memory
 from tests.memory import vismem_world as v
 
 ROWS, LIMIT = 200, 24
@@ -47,6 +48,7 @@ def test_random_places_and_bare_rows():
     tokens, kinds, lengths = made(bare=0.3, invoke=InvokeConfig(anywhere=True))
     memory = (kinds == Slot.FORCED).any(axis=-1)[:, 0]
     assert abs(memory.mean() - 0.7) < 3 * (0.21 / ROWS) ** 0.5
+    np.testing.assert_array_equal(with_memory(kinds), memory)
     places = [int(np.argmax(kinds[row, 0] == Slot.FORCED)) for row in np.flatnonzero(memory)]
     lengths_of = [len(prompts()[row].answer) for row in np.flatnonzero(memory)]
     assert all(place < length for place, length in zip(places, lengths_of, strict=True))
