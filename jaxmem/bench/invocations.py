@@ -47,7 +47,7 @@ def run(
     config: BackboneConfig | None = None,
     rows: int = ROWS,
     new: int = NEW,
-    runs: int = 5,
+    runs: int = 3,
     peer_runs: int = 3,
     probability: float = PROBABILITY,
     grids: Sequence[tuple[int, int]] = GRIDS,

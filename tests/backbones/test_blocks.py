@@ -33,7 +33,8 @@ def outcome(monkeypatch, block):
     return jax.jit(lambda memory: (everything(memory), jax.grad(loss)(memory)))(memory)
 
 
-@pytest.mark.parametrize("block", [pytest.param(5, marks=pytest.mark.slow), 16])
+@pytest.mark.slow  # gradients of three programs
+@pytest.mark.parametrize("block", [5, 16])
 def test_blocks_of_queries_equal_all_at_once(monkeypatch, block):
     whole, parts = outcome(monkeypatch, 1024), outcome(monkeypatch, block)
     for want, found in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):

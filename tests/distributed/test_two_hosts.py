@@ -46,7 +46,8 @@ def kill_after(process: subprocess.Popen, output: Path, lines: int) -> None:
     process.wait(timeout=60)
 
 
-@pytest.mark.parametrize("kind", ["supervised", pytest.param("reinforced", marks=pytest.mark.slow)])
+@pytest.mark.slow  # four starts of two processes
+@pytest.mark.parametrize("kind", ["supervised", "reinforced"])
 def test_two_hosts_killed_and_resumed_end_where_one_process_ends(tmp_path, kind):
     config, output = f"{RECIPES}:{kind}", tmp_path / "both"
     kill_after(start(config, output), output, 5)

@@ -61,6 +61,7 @@ def cli_model():
     return qwen3_vl.shapes(backbone, jnp.float32), memory
 
 
+@pytest.mark.slow
 def test_a_grpo_recipe_is_planned_with_rollout_and_prefill(capsys):
     pytest.importorskip("libtpu")
     words = (f"--config={CONFIGS}/digits_pvm_grpo.py", "--topology=v5e:2x2", "--mesh=fsdp=2,sequence=2")
