@@ -271,7 +271,9 @@ class _Chunk:
 
         def fill(state: Insertions) -> Insertions:
             layers = former.adapted(config, self.base, self.memory[config.name], kind)
-            found = former.prefix(config, self.spec.backbone, layers, visual)
+            # Tied to what the loop changes: XLA moves what no turn changes in front of a loop, where it always runs.
+            seen, _ = jax.lax.optimization_barrier((visual, state.filled))
+            found = former.prefix(config, self.spec.backbone, layers, seen)
             # Rows that only fill up the chunk write nothing.
             prompts = jnp.where(pick.live.reshape(-1), pick.prompts, state.filled.shape[1])
             put = lambda old, new: old.at[kind, :, prompts].set(jnp.moveaxis(new, 1, 0), mode="drop")  # noqa: E731
