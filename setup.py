@@ -33,6 +33,9 @@ BASE = [
 DIGITS = ["scikit-learn>=1.5"]  # load_digits: the handwriting of the quickstart
 MATH = ["math-verify>=0.9,<0.10"]  # judges mathematics; 0.9 is the version whose readings are tested
 TORCH = ["torch>=2.6"]
+RETRIEVAL = ["faiss-cpu>=1.15,<1.16", "sentencepiece>=0.2"]  # an approximate index; SigLIP's tokenizer
+LANCE = ["lancedb>=0.40,<0.41"]  # the index that outgrows one machine
+PARQUET = ["pyarrow>=15"]  # question files as data sets publish them
 NOTEBOOK = ["ipykernel>=6.29", "matplotlib>=3.9"]
 
 EXTRAS = {
@@ -44,11 +47,17 @@ EXTRAS = {
     "cuda": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
     "data": ["tensorflow-datasets>=4.9.9"],  # reads prepared sets; preparing image sets also needs tensorflow
+    "retrieval": RETRIEVAL,
+    "lance": LANCE,
+    "parquet": PARQUET,
     "notebook": DIGITS + NOTEBOOK,
     "test": [
         *DIGITS,
         *MATH,
         *NOTEBOOK,
+        *RETRIEVAL,
+        *LANCE,
+        *PARQUET,
         "pytest>=8.3",
         "pytest-xdist>=3.6",  # one process per core
         "chex>=0.1.90",

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from jaxmem import config as configs
@@ -23,15 +24,17 @@ from jaxmem.backbones import registry
 from jaxmem.backbones.batch import Array, Batch
 from jaxmem.backbones.config import BackboneConfig
 from jaxmem.checkpoints import huggingface, peft
-from jaxmem.data import control
+from jaxmem.data import control, knowledge
 from jaxmem.data.batching import Buckets, collate
+from jaxmem.data.example import Example
 from jaxmem.data.processor import Processor, load_processor
 from jaxmem.distributed.mesh import AXES, current, shardings
-from jaxmem.errors import ConfigError
+from jaxmem.errors import ConfigError, DataError
 from jaxmem.memory import former
 from jaxmem.memory.registry import memory as memory_module
 from jaxmem.memory.vismem import TYPES
 from jaxmem.model import Spec
+from jaxmem.retrieval.encoder import ItemEncoder
 from jaxmem.sampling import generate as sampling
 from jaxmem.sampling.invoking import InvokeConfig
 from jaxmem.sampling.logits import SamplerConfig
@@ -166,14 +169,51 @@ class Model:
         add_generation_prompt: bool = True,
         buckets: Buckets | None = None,
         padding: str = "right",
+        items: Sequence[Any] | None = None,
     ) -> Batch:
-        """Chats with images -> Batch; a single chat is a batch of one."""
+        """Chats with images -> Batch; a single chat is a batch of one.
+
+        Args:
+          chats: list of chats, or one.
+          add_generation_prompt: end with the opening of an assistant turn.
+          buckets: allowed lengths.
+          padding: side of the token padding.
+          items: per chat what CoMEM knows of it, best first: knowledge items (`{"image": ..., "text": ...}`), which are
+            encoded here, or an array [K, M, D] of their embeddings (`encode_items`, a memory bank).
+
+        Raises:
+          DataError: chats, images or items that cannot be used, or lists of different lengths.
+        """
         chats = [chats] if isinstance(chats[0], dict) else chats
+        known = [()] * len(chats) if items is None else items
+        if len(known) != len(chats):
+            raise DataError(
+                f"there are {len(chats)} chats and items for {len(known)}; give a list for each, maybe empty"
+            )
         rows = [
             self.processor.encode(chat, add_generation_prompt=add_generation_prompt, where=f"chat {i}")
             for i, chat in enumerate(chats)
         ]
+        rows = [self._behind(row, own) for row, own in zip(rows, known, strict=True)]
         return collate(rows, buckets, self.processor.pad_token, padding)
+
+    def encode_items(self, items: Sequence[Any], *, batch: int = 16, buckets: Buckets | None = None) -> np.ndarray:
+        """CoMEM's embeddings of knowledge items, [N, M, D]: once for all questions.
+
+        Raises:
+          ConfigError: the model has no CoMEM.
+          DataError: an item that cannot be used.
+        """
+        return ItemEncoder(self, batch, buckets or Buckets()).encode(items)
+
+    def _behind(self, row: Example, items: Any) -> Example:
+        """A row behind the embeddings of its items."""
+        if not len(items):
+            return row
+        order = "rank" if self.spec.comem is None else self.spec.comem.order
+        known = isinstance(items, np.ndarray | jax.Array)
+        vectors = np.asarray(items) if known else self.encode_items(items, batch=len(items))
+        return knowledge.behind_vectors(row, vectors, order, self.processor.pad_token)
 
     def logits(self, batch: Batch) -> Array:
         """[B, T, V] float32, for looking; training never makes it."""
@@ -198,7 +238,13 @@ class Model:
         return SamplerConfig(**{**fixed, **settings})
 
     def generate(
-        self, chats: Sequence[Any], *, key: Array | None = None, buckets: Buckets | None = None, **settings: Any
+        self,
+        chats: Sequence[Any],
+        *,
+        key: Array | None = None,
+        buckets: Buckets | None = None,
+        items: Sequence[Any] | None = None,
+        **settings: Any,
     ) -> list[Completion]:
         """Continues every chat.
 
@@ -206,13 +252,14 @@ class Model:
           chats: list of chats, or one.
           key: random key; fixed when None.
           buckets: allowed prompt lengths.
+          items: per chat its knowledge items or their embeddings (`batch`).
           **settings: of `SamplerConfig` (max_new_tokens, temperature, ...).
 
         Returns:
           One Completion per chat.
         """
         with current(self.mesh):
-            *_, answers = self.stream(chats, key=key, buckets=buckets, every=None, **settings)
+            *_, answers = self.stream(chats, key=key, buckets=buckets, every=None, items=items, **settings)
         return answers
 
     def stream(
@@ -222,6 +269,7 @@ class Model:
         key: Array | None = None,
         buckets: Buckets | None = None,
         every: int | None = 8,
+        items: Sequence[Any] | None = None,
         **settings: Any,
     ) -> Iterator[list[Completion]]:
         """Like `generate`, but yields the growing answers after every few tokens.
@@ -230,7 +278,7 @@ class Model:
           DataError: prompts do not fit, or with VisMem have more visual states than it may refuse (`overflow`).
         """
         options = self.sampler(**settings)
-        batch = self.batch(chats, buckets=buckets)
+        batch = self.batch(chats, buckets=buckets, items=items)
         if self.spec.vismem is not None:
             former.check_spans(self.spec.vismem, batch)
         every = every or options.max_new_tokens

@@ -1,12 +1,11 @@
 """The command line: `jaxmem VERB --flag=value --config=FILE.py --config.key=value`.
 
-One table lists the verbs. A verb's flags become keyword arguments of its function, which is imported when the verb
-runs, so `jaxmem --help` and a misspelt flag answer without loading jax.
+One table lists the verbs (`jaxmem.verbs`). A verb's flags become keyword arguments of its function, which is imported
+when the verb runs, so `jaxmem --help` and a misspelt flag answer without loading jax.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import os
 import sys
@@ -18,6 +17,7 @@ from absl import flags
 import jaxmem
 from jaxmem import config as configs
 from jaxmem.errors import ConfigError, JaxmemError
+from jaxmem.verbs import VERBS, Verb
 
 _DEFINE: Mapping[str, Callable[..., Any]] = {
     "text": flags.DEFINE_string,
@@ -25,120 +25,6 @@ _DEFINE: Mapping[str, Callable[..., Any]] = {
     "int": flags.DEFINE_integer,
     "float": flags.DEFINE_float,
     "bool": flags.DEFINE_boolean,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Flag:
-    """A flag of a verb: `kind` is a key of `_DEFINE`; "texts" may be given several times."""
-
-    name: str
-    kind: str
-    default: Any
-    help: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Verb:
-    """A verb: `target` is "module:function"; `config` is "required", "optional" or "none".
-
-    `argument` names the one positional word that the verb needs, if any.
-    """
-
-    target: str
-    summary: str
-    flags: tuple[Flag, ...] = ()
-    config: str = "none"
-    argument: str | None = None
-    example: str = ""
-
-
-_JSON = Flag("json", "bool", False, "print one JSON object and nothing else")
-
-VERBS: Mapping[str, Verb] = {
-    "train": Verb(
-        "jaxmem.training.run:main",
-        "train a memory from examples or by rewards; running the same command again resumes",
-        config="required",
-        example="jaxmem train --config=configs/digits_quickstart.py",
-    ),
-    "generate": Verb(
-        "jaxmem.sampling.cli:main",
-        "answer a prompt about images, streaming to the terminal",
-        (
-            Flag(
-                "model",
-                "text",
-                None,
-                "a Hugging Face folder (default: the shipped tiny backbone)",
-            ),
-            Flag("memory", "text", None, "a folder with a trained memory; absent: the bare backbone"),
-            Flag("prompt", "text", None, "the user's words; read from standard input when absent"),
-            Flag("image", "texts", [], "an image file, before the prompt's words; repeat for several"),
-            Flag("system", "text", None, "a system message"),
-            Flag("max_new_tokens", "int", 256, "stop after so many tokens"),
-            Flag("temperature", "float", 0.0, "0 takes the most likely token"),
-            Flag("top_k", "int", 0, "sample among the k most likely tokens; 0 is off"),
-            Flag("top_p", "float", 1.0, "sample among the tokens that hold this share of the probability"),
-            Flag("min_p", "float", 0.0, "drop tokens below this share of the most likely one"),
-            Flag("repetition_penalty", "float", 1.0, "above 1 makes seen tokens less likely"),
-            Flag("seed", "int", 0, "random seed of the sampling"),
-            Flag("dtype", "text", None, "float32, bfloat16 or float16 (default: as stored)"),
-        ),
-        example='jaxmem generate --image=board.png --prompt="Which digit is in row 1, column 2?"',
-    ),
-    "study": Verb(
-        "jaxmem.analysis.study:main",
-        "train several arms with several seeds and compare them; running the same command again resumes",
-        config="required",
-        example="jaxmem study --config=configs/digits_benchmark.py",
-    ),
-    "reward": Verb(
-        "jaxmem.training.rewards.cli:main",
-        "show what reward functions give for the completions of a JSON-lines file",
-        (
-            Flag("function", "texts", [], "a built-in, package.module:function, or a JSON object; repeat for several"),
-            Flag("timeout", "float", 10.0, "seconds that verifying one completion may take"),
-            _JSON,
-        ),
-        argument="FILE",
-        example="jaxmem reward completions.jsonl --function=pvm --function=math",
-    ),
-    "invocations": Verb(
-        "jaxmem.analysis.invocations_cli:main",
-        "show where a trained VisMem called for memory, by type and place",
-        (_JSON,),
-        argument="RUN",
-        example="jaxmem invocations runs/digits_vismem/seed_0/3_invocation",
-    ),
-    "plan": Verb(
-        "jaxmem.planning.cli:main",
-        "say what a run would need on a TPU pod or GPUs, without having them",
-        (
-            Flag("topology", "texts", [], "chips and shape, v5e:4x4 or h100:2x8 (nodes x GPUs); repeat for a table"),
-            Flag("mesh", "texts", [], "axes such as fsdp=4,sequence=4 instead of config.mesh; repeat for a table"),
-            Flag("tokens", "int", 0, "length of the planned rows; 0 is the longest of config.data.buckets"),
-            Flag("patches", "int", 0, "image patches of the planned rows; 0 is the longest of config.data.buckets"),
-            Flag("sweep", "bool", False, "one line per topology, mesh and program"),
-            Flag("scaling_svg", "text", None, "draw weak scaling to this file; the batch grows with the chips"),
-            _JSON,
-        ),
-        config="required",
-        example="jaxmem plan --config=configs/pvm_qwen3vl.py:8b --topology=v5e:4x4",
-    ),
-    "bench": Verb(
-        "jaxmem.bench.run:main",
-        "measure jaxmem against its peer in one run",
-        (_JSON,),
-        argument="NAME",
-        example="jaxmem bench decode --json",
-    ),
-    "doctor": Verb(
-        "jaxmem.doctor:main",
-        "show versions, devices, memory and what is missing for what",
-        (Flag("checkpoint", "text", None, "a run's folder: verify its checkpoints instead"), _JSON),
-        example="jaxmem doctor",
-    ),
 }
 
 

@@ -13,20 +13,22 @@ import jax
 import jax.numpy as jnp
 
 from jaxmem.backbones import decoder
-from jaxmem.backbones.batch import Array, Batch
+from jaxmem.backbones.batch import Array, Batch, rows_at
 from jaxmem.backbones.config import BackboneConfig
 from jaxmem.backbones.decoder import KeysValues, Observe, Remat, Stream
 from jaxmem.backbones.layers import rms_normalise
 from jaxmem.backbones.ports import Ports, by_slot
 from jaxmem.backbones.registry import backbone
 from jaxmem.distributed.mesh import constrain
-from jaxmem.memory import vismem
+from jaxmem.errors import ConfigError
+from jaxmem.memory import comem, vismem
+from jaxmem.memory.comem import CoMEMConfig
 from jaxmem.memory.mlp_branch import MLPConfig
 from jaxmem.memory.pvm import PVMConfig
 from jaxmem.memory.registry import memory as memory_module
 from jaxmem.memory.vismem import VisMemConfig
 
-MemoryConfig = PVMConfig | MLPConfig | VisMemConfig
+MemoryConfig = PVMConfig | MLPConfig | VisMemConfig | CoMEMConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Spec:
     def vismem(self) -> VisMemConfig | None:
         """The memory that the model calls while it generates, if there is one."""
         return next((config for config in self.memories if isinstance(config, VisMemConfig)), None)
+
+    @property
+    def comem(self) -> CoMEMConfig | None:
+        """The memory that encodes knowledge items, if there is one."""
+        return next((config for config in self.memories if isinstance(config, CoMEMConfig)), None)
 
     @property
     def vocab(self) -> int:
@@ -78,24 +85,68 @@ def init_memory(key: Array, spec: Spec, base: Any = None) -> dict[str, Any]:
     return {c.name: memory_module(c.name).init(k, c, base) for k, c in zip(keys, spec.memories, strict=False)}
 
 
-def read_prompt(spec: Spec, base: Any, memory: Any, batch: Batch, start: Array | int = 0) -> Prompt:
-    """Looks at the images, embeds the tokens and prepares the memories.
+def read_prompt(
+    spec: Spec,
+    base: Any,
+    memory: Any,
+    batch: Batch,
+    start: Array | int = 0,
+    *,
+    remat: Remat = False,
+    dropout: Array | None = None,
+) -> Prompt:
+    """Looks at the images, embeds the tokens, puts vectors in front and prepares the memories.
 
     Args:
       spec: static.
       base, memory: the two trees.
       batch: prompts; `positions` are absolute.
       start: [B] or scalar, the place of the first token in its row's sequence (a later turn starts behind the last).
+      remat, dropout: as in `hidden_states`, for the encoder of knowledge items.
     """
     lib = backbone(spec.backbone.model_type)
-    visual, stream = lib.see(spec.backbone, base, batch), decoder.stream_of(batch, start)
+    visual, stream = lib.see(spec.backbone, _tower(spec, base, memory, batch), batch), decoder.stream_of(batch, start)
     rows = None if visual is None else visual.rows
     states = {
         c.name: memory_module(c.name).prepare(c, memory[c.name], rows, jnp.asarray(batch.visual_rows), stream)
         for c in spec.memories
     }
-    angle = lib.rotary_angles(spec.backbone, batch.positions)
-    return Prompt(lib.embed(base, batch, visual), angle, stream, states, lib.own_ports(visual, batch))
+    positions = batch.positions if spec.comem is None else comem.positions(spec.comem, batch)
+    x = lib.embed(base, batch, visual)
+    if batch.prefix_rows is not None:
+        front = prefix(spec, base, memory, batch, remat=remat, dropout=dropout)
+        x = jnp.where(jnp.asarray(batch.prefix_rows)[..., None] >= 0, rows_at(front, batch.prefix_rows), x)
+    return Prompt(x, lib.rotary_angles(spec.backbone, positions), stream, states, lib.own_ports(visual, batch))
+
+
+def prefix(
+    spec: Spec, base: Any, memory: Any, batch: Batch, *, remat: Remat = False, dropout: Array | None = None
+) -> Array:
+    """The vectors [B, S, D] that stand in front of the prompts; the port of CoMEM, and of a memory bank.
+
+    Raises:
+      ConfigError: items are still to be encoded and there is no CoMEM, or vectors have another width than the model.
+    """
+    if spec.comem is None and batch.vectors is None:
+        raise ConfigError("the batch has knowledge items to encode and the model has no CoMEM; attach one")
+    if spec.comem is None:
+        found = jnp.asarray(batch.vectors).astype(base["embed"].dtype)
+    else:
+        own = memory[spec.comem.name]
+        found = comem.vectors(spec.comem, spec.backbone, base, own, batch, remat=remat, dropout=dropout)
+    if found.shape[-1] != spec.backbone.text.width:
+        raise ConfigError(
+            f"vectors of width {found.shape[-1]} cannot stand in front of prompts of a model of width"
+            f" {spec.backbone.text.width}: use the encoder of this model, or one with target_width"
+        )
+    return found
+
+
+def _tower(spec: Spec, base: Any, memory: Any, batch: Batch) -> Any:
+    """The weights that see the images of prompts: the backbone's, or with the released code's switch the encoder's."""
+    if spec.comem is None or spec.comem.query_tower == "frozen" or batch.prefix_rows is None:
+        return base
+    return comem.weights(spec.comem, base, memory[spec.comem.name])
 
 
 def memory_ports(
@@ -146,7 +197,7 @@ def observed(
     dropout: Array | None = None,
 ) -> tuple[Array, Any]:
     """`hidden_states`, and what `observe(query, keys, values, mask)` says of each layer, stacked over layers."""
-    prompt = read_prompt(spec, base, memory, batch)
+    prompt = read_prompt(spec, base, memory, batch, remat=remat, dropout=dropout)
     x, (kept, _) = decoder.scan_layers(
         spec.backbone.text,
         base["layers"],
@@ -179,7 +230,7 @@ class Read:
 
 def read(spec: Spec, base: Any, memory: Any, batch: Batch, *, remat: Remat = False, backward_from: int = 0) -> Read:
     """Reads prompts once, for all of their continuations; arguments as for `hidden_states`."""
-    prompt = read_prompt(spec, base, memory, batch)
+    prompt = read_prompt(spec, base, memory, batch, remat=remat)
     ports = prompt.own + memory_ports(spec, memory, prompt.states, prompt.stream)
     among, keep = decoder.among(prompt.stream, prompt.stream), lambda leaf: constrain(leaf, "kept_keys")
     x, (past, remembered) = decoder.scan_layers(
@@ -249,7 +300,7 @@ def follow(
     """`continuation_states` of prompts that were read, for continuations given as embeddings [B, G, N, D]."""
     rows, group, new = embedded.shape[:3]
     stream = _continuing(batch, prompt.stream, lengths, new)
-    behind = jnp.broadcast_to((next_position(batch)[:, None] + jnp.arange(new))[:, None], (rows, group, new))
+    behind = jnp.broadcast_to((next_position(spec, batch)[:, None] + jnp.arange(new))[:, None], (rows, group, new))
     positions = jnp.broadcast_to(behind.reshape(rows, 1, -1), (rows, 3, group * new))
     x, _ = decoder.scan_layers(
         spec.backbone.text,
@@ -283,10 +334,11 @@ def last_places(batch: Batch) -> Array:
     return jnp.max(jnp.where(valid, jnp.arange(valid.shape[1]), 0), axis=1)
 
 
-def next_position(batch: Batch) -> Array:
+def next_position(spec: Spec, batch: Batch) -> Array:
     """[B] rotary position of the token behind each row, equal on all axes."""
     valid = jnp.asarray(batch.segments) > 0
-    return 1 + jnp.max(jnp.where(valid[:, None], jnp.asarray(batch.positions), -1), axis=(1, 2))
+    after = 1 + jnp.max(jnp.where(valid[:, None], jnp.asarray(batch.positions), -1), axis=(1, 2))
+    return after if spec.comem is None else comem.next_position(spec.comem, batch, after)
 
 
 def final_norm(spec: Spec, base: Any, x: Array) -> Array:

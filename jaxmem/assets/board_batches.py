@@ -74,7 +74,7 @@ class BoardBatcher:
         inside = (ended == 0) | ((ended == 1) & (tokens == self.end_token))
         return (start & (place > 3) & inside & valid).astype(np.float32)
 
-    def _pixels(self, boards: Sequence[Board]) -> dict[str, np.ndarray]:
+    def _pixels(self, boards: Sequence[Board]) -> dict[str, Any]:
         """The patch arrays of a batch: pixels to -1..1, cut in merge order, 3 channels x 2 frames."""
         rows = len(boards)
         grey = np.stack([board.image[..., 0] for board in boards])  # the three channels of a board are equal

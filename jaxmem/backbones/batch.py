@@ -1,6 +1,7 @@
 """The arrays that every backbone reads: one batch of prompts with their images.
 
-Axis letters: B rows (prompts), T tokens, P patches, M merged visual rows (M = P / merge^2), D model width.
+Axis letters: B rows (prompts), T tokens, P patches, M merged visual rows (M = P / merge^2), D model width, K knowledge
+items of a row, S vectors in front of a prompt.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ class Batch:
       patch_weights: [B, P, 4] float32 bilinear weights of those rows; zero for padding.
       patch_windows: [B, P] int32, 0 for padding, 1.. one number per attention window of a frame; None for a tower
         without windows.
+      prefix_rows: [B, T] int32 index among the vectors that stand in front of the row's prompt, or -1 where the token
+        is none of them; None for a batch without such vectors.
+      vectors: [B, S, D] these vectors, where they are known already (from a memory bank).
+      items: the knowledge items whose embeddings they are, where they are still to be encoded: leaves [B, K, ...].
     """
 
     tokens: Array
@@ -48,6 +53,9 @@ class Batch:
     patch_table: Array
     patch_weights: Array
     patch_windows: Array | None = None
+    prefix_rows: Array | None = None
+    vectors: Array | None = None
+    items: Batch | None = None
 
     @property
     def is_visual(self) -> Array:
@@ -58,6 +66,11 @@ class Batch:
     def shape_key(self) -> tuple[int, int, int]:
         """(B, T, P): two batches with the same key run the same compiled program."""
         return (*self.tokens.shape, self.patches.shape[1])
+
+
+def rows_at(rows: Array, index: Array) -> Array:
+    """[B, M, D] at [B, T] -> [B, T, D]: the row that each token stands for (any row where the index is negative)."""
+    return jnp.take_along_axis(rows, jnp.maximum(jnp.asarray(index), 0)[..., None], axis=1)
 
 
 def text_batch(tokens: Array, lengths: Array | None = None, patch_dim: int = 0) -> Batch:

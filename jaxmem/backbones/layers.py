@@ -22,7 +22,9 @@ BLOCK = 1024
 class Linear(nn.Module):
     """x @ kernel (+ bias) in the dtype of x, whatever dtype the weights are kept in: [..., in] -> [..., features].
 
-    Beside the kernel may lie a low-rank update of it (`jaxmem.adapters.lora`): lora_a, lora_b and lora_scale.
+    Beside the kernel may lie a low-rank update of it (`jaxmem.adapters.lora`): lora_a, lora_b and lora_scale. Where the
+    update is not to see all of its inputs, there are also lora_key, the data of a random key, and lora_rate, the share
+    that it misses.
     """
 
     features: int
@@ -35,10 +37,18 @@ class Linear(nn.Module):
         y = x @ self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(x.dtype)
         if self.has_variable("params", "lora_a"):
             a, b, scale = (self.get_variable("params", f"lora_{name}").astype(x.dtype) for name in ("a", "b", "scale"))
-            y = y + (x @ a * jax.lax.stop_gradient(scale)) @ b
+            y = y + (self._seen(x) @ a * jax.lax.stop_gradient(scale)) @ b
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         return y
+
+    def _seen(self, x: Array) -> Array:
+        """What of x the low-rank update sees."""
+        if not self.has_variable("params", "lora_key"):
+            return x
+        key, rate = self.get_variable("params", "lora_key"), self.get_variable("params", "lora_rate")
+        kept = jax.random.bernoulli(jax.random.wrap_key_data(key), 1 - rate, x.shape)
+        return jnp.where(kept, x / (1 - rate).astype(x.dtype), 0)
 
 
 def rms_normalise(x: Array, eps: float) -> Array:

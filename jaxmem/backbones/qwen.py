@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmem.backbones import vision
-from jaxmem.backbones.batch import Array, Batch
+from jaxmem.backbones.batch import Array, Batch, rows_at
 from jaxmem.backbones.config import BackboneConfig, TextConfig, VisionConfig, require
 from jaxmem.backbones.decoder import DecoderLayer
 from jaxmem.backbones.layers import attend
@@ -124,21 +124,15 @@ def shapes(config: BackboneConfig, dtype: Any = jnp.float32) -> Any:
     return jax.eval_shape(lambda: init(jax.random.key(0), config, dtype))
 
 
-def see(config: BackboneConfig, base: Any, batch: Batch) -> Visual | None:
-    """The images of every row through the vision tower; None for a batch whose patch axis is empty."""
-    return vision.see(config.vision, base["visual"], batch) if batch.patches.shape[1] else None
+def see(config: BackboneConfig, base: Any, batch: Batch, *, remat: bool = False) -> Visual | None:
+    """The images of every row through the vision tower (`vision.see`); None for a batch whose patch axis is empty."""
+    return vision.see(config.vision, base["visual"], batch, remat=remat) if batch.patches.shape[1] else None
 
 
 def embed(base: Any, batch: Batch, visual: Visual | None) -> Array:
     """[B, T, D]: token embeddings, with visual rows in the place of the placeholders."""
     x = base["embed"][jnp.asarray(batch.tokens)]
-    return x if visual is None else jnp.where(batch.is_visual[..., None], _rows_at(visual.rows, batch), x)
-
-
-def _rows_at(rows: Array, batch: Batch) -> Array:
-    """[B, M, D] -> [B, T, D], the visual row that each token stands for (any row for text)."""
-    index = jnp.maximum(jnp.asarray(batch.visual_rows), 0)
-    return jnp.take_along_axis(rows, index[..., None], axis=1)
+    return x if visual is None else jnp.where(batch.is_visual[..., None], rows_at(visual.rows, batch.visual_rows), x)
 
 
 def own_ports(visual: Visual | None, batch: Batch) -> Ports:
@@ -147,7 +141,7 @@ def own_ports(visual: Visual | None, batch: Batch) -> Ports:
         return Ports()
 
     def add(features: Array, residual: Array, normed: Array | None) -> Array:
-        return residual + jnp.where(batch.is_visual[..., None], _rows_at(features, batch), 0)
+        return residual + jnp.where(batch.is_visual[..., None], rows_at(features, batch.visual_rows), 0)
 
     return Ports(after_layer=(Port(visual.deepstack, add, tuple(range(visual.deepstack.shape[0]))),))
 

@@ -138,13 +138,14 @@ def _patch_rows(config: VisionConfig, params: Any, batch: Batch) -> Array:
     return x + jnp.einsum("bpcw,bpc->bpw", table, jnp.asarray(batch.patch_weights)).astype(dtype)
 
 
-def see(config: VisionConfig, params: Any, batch: Batch) -> Visual:
+def see(config: VisionConfig, params: Any, batch: Batch, *, remat: bool = False) -> Visual:
     """Runs the tower over the patches of every row, once per prompt.
 
     Args:
       config: sizes (static).
       params: the `visual` tree; its dtype is the compute dtype.
       batch: patches and their tables; padding patches only see each other and are read by no token.
+      remat: a backward pass computes each block once more, and keeps what enters it alone.
 
     Returns:
       Visual with M = P / merge^2 rows.
@@ -152,7 +153,7 @@ def see(config: VisionConfig, params: Any, batch: Batch) -> Visual:
     x, angle = _patch_rows(config, params, batch), _axial_angles(jnp.asarray(batch.patch_coords), config)
     frames = jnp.asarray(batch.patch_segments)
     if not config.window:
-        x, taps = _blocks(config, params["blocks"], x, angle, lambda _: _in_frames(frames))
+        x, taps = _blocks(config, params["blocks"], x, angle, lambda _: _in_frames(frames), remat)
         return _merged(config, params, x, taps)
     if batch.patch_windows is None:
         raise ValueError("the tower looks through windows and the batch has no patch_windows: encode it anew")
@@ -166,14 +167,14 @@ def see(config: VisionConfig, params: Any, batch: Batch) -> Visual:
     def among(index: Array) -> Among:
         return lambda query, key, value: jax.lax.cond(full[index], whole, parts, query, key, value)
 
-    x, taps = _blocks(config, params["blocks"], x, angle, among)
+    x, taps = _blocks(config, params["blocks"], x, angle, among, remat)
     seen = _merged(config, params, x, taps)
     back = jnp.argsort(order, axis=1)
     return Visual(reorder(seen.rows, back, 1), jax.vmap(lambda rows: reorder(rows, back, 1))(seen.deepstack))
 
 
 def _blocks(
-    config: VisionConfig, blocks: Any, x: Array, angle: Array, among: Callable[[Array], Among]
+    config: VisionConfig, blocks: Any, x: Array, angle: Array, among: Callable[[Array], Among], remat: bool
 ) -> tuple[Array, Array]:
     """[B, P, W] through all blocks in one scan -> the same, and [taps, B, P, W] of the tapped ones."""
     tapped = jnp.asarray(config.taps, jnp.int32)
@@ -185,7 +186,7 @@ def _blocks(
 
     x = constrain(x, "patches")
     carry = (x, jnp.zeros((len(config.taps), *x.shape), x.dtype))
-    return jax.lax.scan(body, carry, (jnp.arange(config.depth), blocks))[0]
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, (jnp.arange(config.depth), blocks))[0]
 
 
 def _merged(config: VisionConfig, params: Any, x: Array, taps: Array) -> Visual:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -59,26 +60,34 @@ def hf_config(config: BackboneConfig) -> dict[str, Any]:
 
 def prompts(config: BackboneConfig, rows: int, grid: tuple[int, int], text: int) -> Batch:
     """`rows` random prompts of one image of `grid` patches and `text` words, without padding."""
-    rng, cells = np.random.default_rng(0), grid[0] * grid[1] // config.vision.merge_unit
-    tables = patch_tables([(1, *grid)], config.vision.table_side, config.vision.merge_size)
-
-    def example() -> Example:
-        words = rng.integers(0, config.text.vocab - 8, text)
-        image = [config.vision_start_token, *[config.image_token] * cells, config.vision_end_token]
-        tokens = np.array([*words[:4], *image, *words[4:]], np.int32)
-        visual = np.full(len(tokens), -1, np.int32)
-        visual[5 : 5 + cells] = np.arange(cells)
-        return Example(
-            tokens=tokens,
-            positions=mrope_positions(len(tokens), [(5, (1, *grid))], config.vision.merge_size),
-            loss_mask=(np.arange(len(tokens)) > 5 + cells).astype(np.float32),
-            visual_rows=visual,
-            patches=rng.normal(size=(grid[0] * grid[1], config.vision.patch_dim)).astype(np.float32),
-            patch_segments=tables.segments,
-            patch_coords=tables.coords,
-            patch_table=tables.table,
-            patch_weights=tables.weights,
-        )
-
-    examples = [example() for _ in range(rows)]
+    examples = [prompt(config, (grid,), text, seed) for seed in range(rows)]
     return collate(examples, Buckets((len(examples[0]),), (grid[0] * grid[1],)))
+
+
+def prompt(config: BackboneConfig, grids: Sequence[tuple[int, int]], text: int, seed: int, between: int = 4) -> Example:
+    """A random prompt: each image of `grids` patches behind some words, `between` of them or, of the first, 4; and the
+    rest of the `text` words behind the last image."""
+    rng, seen = np.random.default_rng(seed), config.vision
+    tables = patch_tables([(1, *grid) for grid in grids], seen.table_side, seen.merge_size)
+    words = lambda count: rng.integers(0, config.text.vocab - 8, count).tolist()  # noqa: E731
+    tokens, blocks, places = [], [], []
+    for grid in grids:
+        tokens += [*words(between if blocks else 4), config.vision_start_token]
+        blocks.append((len(tokens), (1, *grid)))
+        cells = grid[0] * grid[1] // seen.merge_unit
+        places += range(len(tokens), len(tokens) + cells)
+        tokens += [*[config.image_token] * cells, config.vision_end_token]
+    tokens += words(text - 4)
+    visual = np.full(len(tokens), -1, np.int32)
+    visual[places] = np.arange(len(places))
+    return Example(
+        tokens=np.array(tokens, np.int32),
+        positions=mrope_positions(len(tokens), blocks, seen.merge_size),
+        loss_mask=(np.arange(len(tokens)) > places[-1] + 1).astype(np.float32),
+        visual_rows=visual,
+        patches=rng.normal(size=(len(tables.segments), seen.patch_dim)).astype(np.float32),
+        patch_segments=tables.segments,
+        patch_coords=tables.coords,
+        patch_table=tables.table,
+        patch_weights=tables.weights,
+    )

@@ -42,7 +42,13 @@ def _prompt(spec: Spec, size: int, base: Any, memory: Any, row: Batch) -> tuple[
     room = ((0, 0), (0, size - row.tokens.shape[1]), (0, 0), (0, 0))
     keys, values = found.past
     kept = tuple((jnp.pad(keys[i], room), jnp.pad(values[i], room)) for i in range(spec.backbone.text.layers))
-    return _best(spec, base, found.last), found.last[0], kept, found.states[_config(spec).name], next_position(row)[0]
+    return (
+        _best(spec, base, found.last),
+        found.last[0],
+        kept,
+        found.states[_config(spec).name],
+        next_position(spec, row)[0],
+    )
 
 
 @functools.partial(jax.jit, static_argnames="spec", donate_argnames="kept")

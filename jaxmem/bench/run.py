@@ -15,6 +15,8 @@ from typing import Any
 from jaxmem import config as configs
 
 BENCHES: Mapping[str, str] = {
+    "bank": "jaxmem.bench.bank",
+    "comem": "jaxmem.bench.knowledge",
     "compile": "jaxmem.bench.compiling",
     "decode": "jaxmem.bench.decoding",
     "grpo": "jaxmem.bench.rollouts",

@@ -15,11 +15,11 @@ from jaxmem.backbones import registry
 from jaxmem.backbones.config import BackboneConfig
 from jaxmem.checkpoints import (
     mlp_names,
+    own_names,
     pvm_names,
     qwen2_5_vl_names,
     qwen2_vl_names,
     qwen3_vl_names,
-    vismem_names,
 )
 from jaxmem.checkpoints.identity import backbone_identity, differences, memory_identity
 from jaxmem.checkpoints.table import Table, View, expected, flatten, unflatten, write_tree
@@ -41,7 +41,8 @@ from jaxmem.errors import CheckpointError, ConfigError
 BACKBONE_TABLES = {names.MODEL_TYPE: names for names in (qwen2_vl_names, qwen2_5_vl_names, qwen3_vl_names)}
 """Modules with `table` and `repeated` for each of their `LAYOUTS` of names; the first is written."""
 MEMORY_TABLES: dict[str, Callable[[Any], Table]] = {
-    names.NAME: names.table for names in (pvm_names, mlp_names, vismem_names)
+    **{names.NAME: names.table for names in (pvm_names, mlp_names)},
+    **dict.fromkeys(own_names.NAMES, own_names.table),
 }
 MEMORY_WEIGHTS, MEMORY_CONFIG = "memory.safetensors", "memory.json"
 SHARD_SIZE = 5_000_000_000

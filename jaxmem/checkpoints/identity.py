@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxmem.backbones.config import BackboneConfig
+
+_EDGE = 1 << 16
+
+
+def weights_fingerprint(folder: str | Path) -> str:
+    """Tells one backbone folder from another without reading it whole: names, sizes and both ends of its weights."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(_EDGE))
+            file.seek(max(0, path.stat().st_size - _EDGE))
+            digest.update(file.read(_EDGE))
+    return digest.hexdigest()
 
 
 def backbone_identity(config: BackboneConfig) -> dict[str, Any]:

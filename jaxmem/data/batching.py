@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
 from jaxmem.backbones.batch import Batch
 from jaxmem.data.example import Example
 from jaxmem.errors import ConfigError, DataError
 
-_PER_TOKEN = {"tokens": 0, "positions": 0, "loss_mask": 0, "visual_rows": -1}  # field: value of its padding
+_PER_TOKEN = {
+    "tokens": 0,
+    "positions": 0,
+    "loss_mask": 0,
+    "visual_rows": -1,
+    "prefix_rows": -1,
+}  # field: value of its padding
 _PER_PATCH = ("patches", "patch_segments", "patch_coords", "patch_table", "patch_weights", "patch_windows")
 
 
@@ -22,14 +30,21 @@ class Buckets:
     Attributes:
       tokens: allowed T, ascending.
       patches: allowed P per row, ascending; a batch without patches has P = 0 and needs no bucket.
+      items: allowed numbers of knowledge items per row, ascending.
+      item_tokens, item_patches: allowed lengths of an item; empty is those of a row.
     """
 
     tokens: tuple[int, ...] = tuple(64 * 2**k for k in range(10))
     patches: tuple[int, ...] = tuple(64 * 2**k for k in range(11))
+    items: tuple[int, ...] = (1, 2, 3, 5, 10, 20, 30, 50, 100)
+    item_tokens: tuple[int, ...] = ()
+    item_patches: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "patches"):
+        for name in ("tokens", "patches", "items", "item_tokens", "item_patches"):
             lengths = tuple(getattr(self, name))
+            if name.startswith("item_") and not lengths:
+                lengths = getattr(self, name.removeprefix("item_"))
             if not lengths or lengths[0] < 1 or list(lengths) != sorted(set(lengths)):
                 raise ConfigError(f"buckets.{name} must be positive and ascending, got {lengths}")
             object.__setattr__(self, name, lengths)
@@ -42,6 +57,11 @@ class Buckets:
         """The shortest P that holds `count` patches, 0 for none; ValueError when none does."""
         advice = "lower max_pixels, use fewer images or add a longer bucket"
         return _fit(count, self.patches, "patches", where, advice) if count else 0
+
+    @property
+    def of_items(self) -> Buckets:
+        """The lengths that items may have."""
+        return Buckets(self.item_tokens, self.item_patches)
 
 
 def _fit(count: int, lengths: tuple[int, ...], what: str, where: str, advice: str) -> int:
@@ -82,16 +102,63 @@ def collate(
     width, patches = _shape(examples, buckets)
     starts = [width - len(row) if padding == "left" else 0 for row in examples]
     fill = _PER_TOKEN | {"tokens": pad_token}
-    fields = {name: _stack([getattr(row, name) for row in examples], starts, width, fill[name]) for name in fill}
+    fields: dict[str, Any] = {
+        name: _stack([getattr(row, name) for row in examples], starts, width, fill[name])
+        for name in fill
+        if name != "prefix_rows"
+    }
     for name in _PER_PATCH:
         if getattr(examples[0], name) is not None:
             fields[name] = _stack_patches([getattr(row, name) for row in examples], patches)
     segments = _stack([np.ones(len(row), np.int32) for row in examples], starts, width, 0)
+    fields |= _prefixes(examples, buckets, pad_token, starts, width)
     return Batch(segments=segments, blind=_blind(blind, len(examples)), **fields)
 
 
-def widen(batch: Batch, tokens: int, patches: int) -> Batch:
-    """The batch with token and patch axes padded on the right to given lengths: the same rows in a larger bucket."""
+def _prefixes(
+    examples: Sequence[Example], buckets: Buckets, pad_token: int, starts: list[int], width: int
+) -> dict[str, Any]:
+    """What stands in front of the prompts: where, and the vectors or the items that they come from."""
+    if all(row.prefix_rows is None for row in examples):
+        return {}
+    if any(row.items for row in examples) and any(row.vectors is not None for row in examples):
+        raise DataError("some rows bring knowledge items and some their vectors; encode the items of all, or of none")
+    absent = lambda row: np.full(len(row), -1, np.int32)  # noqa: E731
+    places = [absent(row) if row.prefix_rows is None else row.prefix_rows for row in examples]
+    found: dict[str, Any] = {"prefix_rows": _stack(places, starts, width, -1)}
+    if any(row.items for row in examples):
+        return found | {"items": _items(examples, buckets, pad_token)}
+    given = [row.vectors for row in examples if row.vectors is not None]
+    size = max(len(vectors) for vectors in given)
+    rows = np.zeros((len(examples), size, given[0].shape[-1]), given[0].dtype)
+    for row, example in zip(rows, examples, strict=True):
+        if example.vectors is not None:
+            row[: len(example.vectors)] = example.vectors
+    return found | {"vectors": rows}
+
+
+def _items(examples: Sequence[Example], buckets: Buckets, pad_token: int) -> Batch:
+    """The items of all rows, leaves [B, K, ...]; rows with fewer have items of padding behind theirs."""
+    most = max(range(len(examples)), key=lambda i: len(examples[i].items))
+    advice = "give it fewer items or add a larger number to buckets.items"
+    count = _fit(len(examples[most].items), buckets.items, "items", f"row {most}", advice)
+    first = next(item for row in examples for item in row.items)
+    cut = {name: getattr(first, name)[..., :0] for name in ("tokens", "positions", "loss_mask", "visual_rows")}
+    cut |= {name: getattr(first, name)[:0] for name in _PER_PATCH if getattr(first, name) is not None}
+    empty = dataclasses.replace(first, **cut, images=())
+    flat = [item for row in examples for item in (*row.items, *[empty] * (count - len(row.items)))]
+    batch = collate(flat, buckets.of_items, pad_token)
+    return jax.tree.map(lambda leaf: leaf.reshape((len(examples), count, *leaf.shape[1:])), batch)
+
+
+def widen(batch: Batch, tokens: int, patches: int, items: tuple[int, int, int] = (0, 0, 0)) -> Batch:
+    """The batch with token and patch axes padded on the right to given lengths: the same rows in a larger bucket.
+
+    Args:
+      batch: numpy arrays.
+      tokens, patches: T and P.
+      items: number, T and P of the items; for a batch with items alone.
+    """
 
     def padded(name: str, axis: int, length: int, fill: int) -> np.ndarray:
         leaf = np.asarray(getattr(batch, name))
@@ -99,9 +166,27 @@ def widen(batch: Batch, tokens: int, patches: int) -> Batch:
         width[axis] = (0, length - leaf.shape[axis])
         return np.pad(leaf, width, constant_values=fill)
 
-    fields = {name: padded(name, -1, tokens, fill) for name, fill in (_PER_TOKEN | {"segments": 0}).items()}
+    per_token = (_PER_TOKEN | {"segments": 0}).items()
+    fields: dict[str, Any] = {
+        name: padded(name, -1, tokens, fill) for name, fill in per_token if getattr(batch, name) is not None
+    }
+    if batch.items is not None:
+        fields["items"] = _widen_items(batch.items, *items)
     held = [name for name in _PER_PATCH if getattr(batch, name) is not None]
-    return dataclasses.replace(batch, **fields, **{name: padded(name, 1, patches, 0) for name in held})
+    fields |= {name: padded(name, 1, patches, 0) for name in held}
+    return dataclasses.replace(batch, **fields)
+
+
+def _widen_items(items: Batch, count: int, tokens: int, patches: int) -> Batch:
+    """Items [B, K, ...] in a larger bucket: longer ones, and more of them, the further ones of padding."""
+    rows, had = items.tokens.shape[:2]
+    flat = widen(jax.tree.map(lambda leaf: leaf.reshape(rows * had, *leaf.shape[2:]), items), tokens, patches)
+    back = jax.tree.map(lambda leaf: leaf.reshape(rows, had, *leaf.shape[1:]), flat)
+    more = lambda leaf: np.pad(leaf, ((0, 0), (0, count - had), *((0, 0),) * (leaf.ndim - 2)))  # noqa: E731
+    return dataclasses.replace(
+        jax.tree.map(more, back),
+        visual_rows=np.concatenate([back.visual_rows, np.full((rows, count - had, tokens), -1, np.int32)], axis=1),
+    )
 
 
 def _shape(examples: Sequence[Example], buckets: Buckets) -> tuple[int, int]:

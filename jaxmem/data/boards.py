@@ -204,11 +204,16 @@ def augment(rng: np.random.Generator, pictures: np.ndarray) -> np.ndarray:
 
 def draw_board(pictures: np.ndarray) -> np.ndarray:
     """Digits [16, 8, 8] in 0..1 -> the image [128, 128, 3] uint8, each digit enlarged smoothly to 32x32 pixels."""
-    stretch = _stretch(8, CELL_PIXELS)
-    cells = np.rint(255.0 * (stretch @ pictures @ stretch.T)).astype(np.uint8)
+    cells = stretched(pictures, CELL_PIXELS)
     cells[:, 0, :] = cells[:, :, 0] = _GRID_LINE
     rows = cells.reshape(SIDE, SIDE, CELL_PIXELS, CELL_PIXELS).transpose(0, 2, 1, 3)
     return np.repeat(rows.reshape(SIDE * CELL_PIXELS, -1, 1), 3, axis=2)
+
+
+def stretched(pictures: np.ndarray, side: int) -> np.ndarray:
+    """Digits [N, 8, 8] in 0..1 -> [N, side, side] uint8, enlarged smoothly."""
+    stretch = _stretch(8, side)
+    return np.rint(255.0 * (stretch @ pictures @ stretch.T)).astype(np.uint8)
 
 
 @functools.cache

@@ -24,6 +24,9 @@ class Example:
       patch_table: [P, 4] int32.
       patch_weights: [P, 4] float32.
       patch_windows: [P] int32, or None for a tower without windows.
+      prefix_rows: [T] int32 index among the vectors in front of the row, or -1; None without such vectors.
+      items: the knowledge items whose embeddings these vectors are, or
+      vectors: [S, D] the vectors themselves.
       images: merged (rows, columns) per image and per temporal patch of a video, in the order of the tokens.
     """
 
@@ -38,6 +41,9 @@ class Example:
     patch_weights: np.ndarray
     images: tuple[tuple[int, int], ...] = ()
     patch_windows: np.ndarray | None = None
+    prefix_rows: np.ndarray | None = None
+    items: tuple[Example, ...] = ()
+    vectors: np.ndarray | None = None
 
     def __len__(self) -> int:
         """T."""

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,7 @@ class Processor:
         *,
         images: Sequence[Any] | None = None,
         where: str = "the chat",
+        newline: bool = False,
     ) -> Example:
         """Encodes one chat.
 
@@ -101,6 +102,8 @@ class Processor:
           add_generation_prompt: end with the opening of an assistant turn.
           images: sources for bare {"type": "image"} parts.
           where: how errors call the chat, e.g. "row 17".
+          newline: supervise the line break behind the end of an assistant turn too, which no answer ever reaches (some
+            published recipes do).
 
         Returns:
           An unpadded Example.
@@ -111,8 +114,29 @@ class Processor:
         """
         chat = self._open(messages, images, where)
         rendered = self._render(chat, len(chat.messages), add_generation_prompt)
-        tokens, mask = self._tokenise(rendered, self._assistant_spans(chat, rendered), chat.guard)
+        tokens, mask = self._tokenise(rendered, self._assistant_spans(chat, rendered, newline), chat.guard)
         return self._assemble(tokens, mask, chat)
+
+    def encode_as(
+        self, messages: Sequence[Message], written: Callable[[list[dict[str, Any]]], str], where: str = "the chat"
+    ) -> Example:
+        """Encodes a chat in a format of its own instead of the chat template's; none of its tokens is supervised.
+
+        Args:
+          messages: as in `encode`.
+          written: the messages, without their media and with marked text -> the whole text, one `image_placeholder`
+            for each image in order.
+          where: how errors call the chat.
+        """
+        chat = self._open(messages, None, where)
+        tokens, mask = self._tokenise(written(chat.messages), [], chat.guard)
+        return self._assemble(tokens, mask, chat)
+
+    @property
+    def image_placeholder(self) -> tuple[str, str, str]:
+        """What stands for an image: texts of vision start, image placeholder and vision end."""
+        ids = (self.config.vision_start_token, self.config.image_token, self.config.vision_end_token)
+        return self._token(ids[0]), self._token(ids[1]), self._token(ids[2])
 
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, *, images: Sequence[Any] | None = None
@@ -193,7 +217,7 @@ class Processor:
         target = pad if keep else wrapped
         return chat.guard.fill(text, target, [item.text for item in chat.pictures if item.kind == "video"])
 
-    def _assistant_spans(self, chat: _Chat, rendered: str) -> list[tuple[int, int]]:
+    def _assistant_spans(self, chat: _Chat, rendered: str, newline: bool) -> list[tuple[int, int]]:
         """(start, end) in `rendered` of each assistant content with the token that ends its turn."""
         spans = []
         for i, message in enumerate(chat.messages):
@@ -208,7 +232,8 @@ class Processor:
                     "cannot be told apart; give one example per answer, or use a template that only appends"
                 )
             stop = after.rfind(_END_OF_TURN, len(before))
-            spans.append((len(before), len(after) if stop < 0 else stop + len(_END_OF_TURN)))
+            end = len(after) if stop < 0 else stop + len(_END_OF_TURN)
+            spans.append((len(before), end + (newline and after[end : end + 1] == "\n")))
         return spans
 
     def _tokenise(self, rendered: str, spans: list[tuple[int, int]], guard: Guard) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,8 @@ class JsonlRecords(Sequence[dict[str, Any]]):
     A question is {"prompt": text, "image": path or "images": [paths], "answer": text, number or list, "id": ...,
     columns...}, where everything but the prompt may be missing or null. It becomes a chat of one user turn, images
     first, and one assistant turn with the (first) answer, or none without an answer. Its "answer" (None when missing)
-    and "id" (the running number when missing) stay as columns, like every other key.
+    and "id" (the running number when missing) stay as columns, like every other key. A column "items" holds the
+    knowledge items of a memory, {"text": ..., "image": path or "images": [paths]} each.
 
     Only the places of the lines are kept in memory. Blank lines are skipped. Relative image paths are relative to
     the folder of the file.
@@ -74,6 +75,8 @@ class JsonlRecords(Sequence[dict[str, Any]]):
         except ValueError as error:
             raise DataError(f"{self.name(index)}: not JSON: {error}") from error
         record = _as_chat(record, index, self.name(index))
+        if isinstance(record.get("items"), list):
+            record = record | {"items": [_located_item(item, self.path.parent) for item in record["items"]]}
         return record | {"messages": [_located(message, self.path.parent) for message in record["messages"]]}
 
 
@@ -165,6 +168,16 @@ def _located_part(part: Any, folder: Path) -> Any:
     return part
 
 
+def _located_item(item: Any, folder: Path) -> Any:
+    """A knowledge item with its images' paths made relative to `folder`."""
+    if not isinstance(item, dict):
+        return item
+    one: dict[str, Any] = {"image": _path(item["image"], folder)} if isinstance(item.get("image"), str) else {}
+    if isinstance(item.get("images"), list):
+        one |= {"images": [_path(image, folder) if isinstance(image, str) else image for image in item["images"]]}
+    return item | one
+
+
 def _path(value: str, folder: Path) -> str:
     """An address with a scheme (data:, https:) stays; a path is joined to the folder unless it is absolute."""
     return value if value.startswith("data:") or "://" in value else os.path.join(folder, value)
@@ -187,6 +200,18 @@ def messages_of(record: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list):
         raise DataError(f'a record is a list of messages or {{"messages": [...]}}, got {type(record).__name__}')
     return messages
+
+
+def items_of(record: Any) -> Sequence[Any]:
+    """The knowledge items of a record, best first; none for most.
+
+    Raises:
+      DataError: "items" is not a list.
+    """
+    items = record.get("items") if isinstance(record, dict) else getattr(record, "items", None)
+    if not isinstance(items or (), list | tuple):
+        raise DataError(f'items is {items!r}; give a list of {{"text": ..., "image": path}}')
+    return items or ()
 
 
 def fingerprint(source: Any) -> str:

@@ -134,8 +134,7 @@ def init(key: Array, config: QFormerConfig) -> dict[str, Any]:
       config: the architecture.
 
     Returns:
-      latents [M, D], proj_in, proj_out, norm_out, and block, whose leaves are stacked on a leading axis [P]
-      unless shared.
+      latents [M, D], proj_in, proj_out, norm_out, and block; or, unless shared, blocks with leaves stacked on [P].
     """
     latents, ends, block = jax.random.split(key, 3)
 
@@ -144,9 +143,10 @@ def init(key: Array, config: QFormerConfig) -> dict[str, Any]:
         together = lambda module, x: module(jnp.zeros((1, config.latents, config.width)), module.look(x), one)  # noqa: E731
         return Block(config).init(key, item, method=together)["params"]
 
+    each = jax.random.split(block, config.depth)
     return {
         "latents": jax.random.normal(latents, (config.latents, config.width)) * config.width**-0.5,
-        "block": fresh(block) if config.shared else jax.vmap(fresh)(jax.random.split(block, config.depth)),
+        **({"block": fresh(block)} if config.shared else {"blocks": jax.vmap(fresh)(each)}),
         **Ends(config).init(ends, jnp.zeros((1, 1, config.in_width)))["params"],
     }
 
@@ -184,6 +184,6 @@ def compress(config: QFormerConfig, params: Any, hidden: Array, valid: Array) ->
         keys = seen if config.shared else look(own)
         return block.apply({"params": weights}, latents, keys, valid), None  # pyrefly: ignore
 
-    passes = None if config.shared else params["block"]
+    passes = None if config.shared else params["blocks"]
     latents, _ = jax.lax.scan(one_pass, latents, passes, length=config.depth)
     return Ends(config).apply(ends, latents, method="leave")  # pyrefly: ignore

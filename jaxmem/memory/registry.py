@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import ModuleType
 
 from jaxmem.errors import ConfigError
-from jaxmem.memory import mlp_branch, pvm, vismem
+from jaxmem.memory import comem, mlp_branch, pvm, vismem
 
-MEMORIES: dict[str, ModuleType] = {"pvm": pvm, "mlp": mlp_branch, "vismem": vismem}
+MEMORIES: dict[str, ModuleType] = {"pvm": pvm, "mlp": mlp_branch, "vismem": vismem, "comem": comem}
 
 
 def memory(name: str) -> ModuleType:

@@ -9,6 +9,9 @@ A memory of VisMem takes the query builder, and the decoder without its head ove
 the mean of the types' vectors; adapters are left out. Every completion has as many memories as the caller says.
 Rollouts read the visual states once per prompt and type, training reads them for each memory. Where formers train,
 completions are read twice forwards: memories are formed of the states that the first pass leaves.
+
+A CoMEM takes, for each item of a row, the vision tower and the decoder without its head, and the Q-Former, whose keys
+of the item are made once; of its factors only the Q-Former's weights are counted.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import dataclasses
 from typing import Any
 
 from jaxmem.backbones import registry
+from jaxmem.memory.comem import CoMEMConfig
 from jaxmem.memory.vismem import TYPES, VisMemConfig
 from jaxmem.model import Spec
 from jaxmem.training import trees
@@ -33,6 +37,7 @@ class Needed:
       patches: P of a row.
       memories: of VisMem in each completion.
       text: states of the text that each of them is formed of.
+      items: of CoMEM: knowledge items of a row, and their T and P.
     """
 
     spec: Spec
@@ -41,6 +46,7 @@ class Needed:
     patches: int
     memories: int = 0
     text: int = 0
+    items: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def _layer(self) -> float:
@@ -64,26 +70,48 @@ class Needed:
             return 1.0
         return 1.0 - self.spec.first_port_layer / self.spec.backbone.text.layers
 
-    def _tower(self) -> float:
+    def _tower(self, patches: int | None = None) -> float:
         """The vision tower and its mergers, forwards; images are taken to fill all patches of a row in one frame.
 
         Attention in windows is taken to fill them.
         """
-        vision = self.spec.backbone.vision
+        vision, patches = self.spec.backbone.vision, self.patches if patches is None else patches
         shapes = registry.backbone(self.spec.backbone.model_type).shapes(self.spec.backbone)["visual"]
         blocks = trees.count(shapes["blocks"]) + trees.count(shapes["patch_embed"])
         mergers = trees.count(shapes["merger"]) + trees.count(shapes.get("deepstack", {}))
         windowed = vision.depth - len(vision.full_blocks) if vision.window else 0
-        pairs = (vision.depth - windowed) * self.patches + windowed * min(vision.window_patches, self.patches)
-        attention = 4.0 * vision.width * self.patches * pairs
-        return 2.0 * (self.patches * blocks + self.patches / vision.merge_unit * mergers) + attention
+        pairs = (vision.depth - windowed) * patches + windowed * min(vision.window_patches, patches)
+        attention = 4.0 * vision.width * patches * pairs
+        return 2.0 * (patches * blocks + patches / vision.merge_unit * mergers) + attention
+
+    def _q_former(self) -> float:
+        """One item's hidden states to its embeddings, forwards."""
+        assert self.spec.comem is not None
+        c, length = self.spec.comem.q_former, self.items[1]
+        inner = c.heads * c.head_dim
+        once = 2.0 * length * (c.in_width * c.width + 2 * c.width * inner) + 2.0 * c.latents * c.width**2
+        each = 2.0 * c.latents * c.width * (4 * inner + 2 * c.ff_mult * c.width)
+        looks = 4.0 * c.latents * inner * (length + c.latents)
+        return once + c.depth * (each + looks)
+
+    def encode(self) -> float:
+        """The items of a row, forwards."""
+        count, tokens, patches = self.items
+        if not count:
+            return 0.0
+        return count * (self._tower(patches) + self._decoder(tokens, tokens**2 / 2) + self._q_former())
+
+    def _learn_items(self) -> float:
+        """The items of a row, forwards and backwards where something of CoMEM trains."""
+        trains = "comem" in self.trainable.get("memory", {})
+        return self.encode() * (2 if trains else 1) + (self.items[0] * self._q_former() if trains else 0.0)
 
     def _memory(self, tokens: float) -> float:
         """Branches of the memories for some tokens, which ask all visual rows."""
         rows, total = self.patches / self.spec.backbone.vision.merge_unit, 0.0
         for config in self.spec.memories:
-            if isinstance(config, VisMemConfig):
-                continue  # acts between tokens
+            if isinstance(config, VisMemConfig | CoMEMConfig):
+                continue  # acts between tokens, or in front of them
             per_layer = 2 * config.width * config.latent + 2 * config.latent**2 + 3 * config.latent * config.mlp_width
             total += len(config.layers) * (2.0 * tokens * per_layer + 4.0 * tokens * rows * config.latent)
         return total
@@ -136,13 +164,15 @@ class Needed:
 
     def read_row(self) -> float:
         """A prompt, forwards, with the logits of its last token."""
-        return self._tower() + self._decoder(self.tokens, self.tokens**2 / 2) + self._memory(self.tokens)
+        body = self._decoder(self.tokens, self.tokens**2 / 2)
+        return self.encode() + self._tower() + body + self._memory(self.tokens)
 
     def learn_row(self) -> float:
         """A supervised row whose tokens all count, forwards and backwards."""
         body = self._decoder(self.tokens, self.tokens**2 / 2)
         head, memory = 2.0 * self.tokens * self._head, self._memory(self.tokens)
-        return self._tower() + body + head + 3 * memory + self._backward(body, self.tokens, head)
+        own = self._learn_items() + self._tower() + body + head + 3 * memory
+        return own + self._backward(body, self.tokens, head)
 
     def _group(self, group: int, new: int) -> tuple[float, float]:
         """(decoder, head) operations of a group's completions behind their prompt, forwards."""
@@ -171,7 +201,8 @@ class Needed:
         if self.spec.vismem is not None and "base" not in self.trainable:
             return self.score_group(group, new) + self._backward_of_memories(body, head, group)
         body += prompt
-        return self._tower() + body + head + 3 * self._memory(tokens) + self._backward(body, tokens, head)
+        own = self._learn_items() + self._tower() + body + head + 3 * self._memory(tokens)
+        return own + self._backward(body, tokens, head)
 
     def _backward_of_memories(self, body: float, head: float, group: int) -> float:
         """What a backward pass adds where VisMem alone trains: none of it flows into prompts."""

@@ -30,6 +30,7 @@ from jaxmem.memory.registry import memory as memory_module
 from jaxmem.memory.vismem import TYPES
 from jaxmem.model import Spec, init_memory
 from jaxmem.planning import needed
+from jaxmem.planning.batches import Lengths, abstract, item_lengths
 from jaxmem.sampling import generate, insertion
 from jaxmem.sampling.logits import SamplerConfig
 from jaxmem.sampling.splicing import Spliced, text_room
@@ -188,19 +189,20 @@ class _Run:
 
     def batch(self, *leading: int) -> Batch:
         """A batch of shapes [*leading, ...], rows last."""
-        t, p, vision = self.shape.tokens, self.shape.patches, self.spec.backbone.vision
-        ints = {"tokens": (t,), "positions": (3, t), "segments": (t,), "visual_rows": (t,)}
-        ints |= {"patch_segments": (p,), "patch_coords": (p, 2), "patch_table": (p, 4)}
-        ints |= {"patch_windows": (p,)} if vision.window else {}
-        floats = {"loss_mask": (t,), "patches": (p, vision.patch_dim), "patch_weights": (p, 4)}
-        fields = {name: jax.ShapeDtypeStruct((*leading, *size), jnp.int32) for name, size in ints.items()}
-        fields |= {name: jax.ShapeDtypeStruct((*leading, *size), jnp.float32) for name, size in floats.items()}
-        return self.rows(Batch(blind=jax.ShapeDtypeStruct(leading, jnp.bool_), **fields), len(leading) - 1)
+        lengths = Lengths(self.shape.tokens, self.shape.patches, self.items)
+        shapes = abstract(leading, lengths, self.spec.backbone.vision)
+        return self.rows(shapes, len(leading) - 1)
+
+    @property
+    def items(self) -> tuple[int, int, int]:
+        """Number and lengths of the knowledge items of a row."""
+        return (0, 0, 0) if self.spec.comem is None else item_lengths(self.config.data.buckets)
 
     @property
     def needed(self) -> needed.Needed:
         """What one row takes."""
-        return needed.Needed(self.spec, self.split[0], self.shape.tokens, self.shape.patches, *self._memories)
+        lengths = (self.shape.tokens, self.shape.patches)
+        return needed.Needed(self.spec, self.split[0], *lengths, *self._memories, self.items)
 
     @property
     def stage(self) -> str:

@@ -110,7 +110,7 @@ def prefill(spec: Spec, base: Any, memory: Any, batch: Batch, size: int) -> tupl
         layers=tuple((keep(keys[i]), keep(values[i])) for i in range(spec.backbone.text.layers)),
         stream=Stream(order, grow(stream.segments), grow(stream.is_visual), stream.blind),
         length=places + 1,
-        position=next_position(batch),
+        position=next_position(spec, batch),
         segment=jnp.max(stream.segments, axis=1),
         states=prompt.states,
     )
@@ -192,7 +192,12 @@ def extend(spec: Spec, base: Any, memory: Any, cache: Cache, batch: Batch) -> tu
         states[name] = vismem.joined(spec.vismem, cache.states[name], seen(spec, base, batch, prompt.x, x))
     places = last_places(batch)
     cache = dataclasses.replace(
-        cache, layers=layers, stream=stream, length=start + places + 1, position=next_position(batch), states=states
+        cache,
+        layers=layers,
+        stream=stream,
+        length=start + places + 1,
+        position=next_position(spec, batch),
+        states=states,
     )
     return final_norm(spec, base, _at(x, places)), cache
 

@@ -20,6 +20,7 @@ from jaxmem.distributed import hosts
 from jaxmem.errors import ConfigError, DataError
 from jaxmem.training import descent, grpo, grpo_run, record, sft, trees
 from jaxmem.training.descent import TrainState
+from jaxmem.training.encoding import chats
 from jaxmem.training.grpo_settings import GRPOConfig
 from jaxmem.training.loop import Job
 from jaxmem.training.playing import Player
@@ -44,7 +45,7 @@ def open_rewards(
     """
     if config.grpo is None or not hosts.first():
         return contextlib.nullcontext()
-    encode, faults = encoder(model.processor), []
+    encode, faults = encoder(model.processor, chat=chats(config.data, model.processor, model.spec)), []
     for index in range(min(len(source), _TRIED)):
         try:
             first = encode(source[index])
@@ -63,7 +64,7 @@ def prompts_pipeline(
     answers = config.grpo is not None and config.grpo.vismem is not None
     return Pipeline(
         source=source,
-        encode=encoder(model.processor, answers),
+        encode=encoder(model.processor, answers, chats(data, model.processor, model.spec)),
         assemble=lambda prompts: batch_of(prompts, data.buckets, model.processor.pad_token),
         batch_size=config.loop.batch_size,
         shuffle=training and data.shuffle and data.source != "boards",

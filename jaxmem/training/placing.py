@@ -38,10 +38,11 @@ def level(batch: Batch, what: str) -> Batch:
     if hosts.count() == 1:
         return batch
     _, tokens, patches = batch.shape_key
-    largest = hosts.share(
-        what, (tokens, patches), lambda shapes: tuple(max(column) for column in zip(*shapes, strict=True))
+    items = (0, 0, 0) if batch.items is None else (batch.items.tokens.shape[1:3] + batch.items.patches.shape[2:3])
+    tokens, patches, *items = hosts.share(
+        what, (tokens, patches, *items), lambda shapes: tuple(max(column) for column in zip(*shapes, strict=True))
     )
-    return widen(batch, *largest)
+    return widen(batch, tokens, patches, tuple(items))
 
 
 def place(batch: Any, parts: int, mesh: Mesh | None, rows: int | None = None) -> Any:
@@ -53,7 +54,8 @@ def place(batch: Any, parts: int, mesh: Mesh | None, rows: int | None = None) ->
       mesh: None is the default device.
       rows: G, where the batch is a share (`share_of`).
     """
-    stacked = jax.tree.map(lambda leaf: np.asarray(leaf).reshape(parts, -1, *np.shape(leaf)[1:]), batch)
+    cut = lambda leaf: leaf.reshape((parts, len(leaf) // parts, *leaf.shape[1:]))  # noqa: E731
+    stacked = jax.tree.map(lambda leaf: cut(np.asarray(leaf)), batch)
     if mesh is None or rows is None or hosts.count() == 1:
         return put(stacked, mesh, leading=1)
     position = {row: at for at, row in enumerate(_held(mesh, rows // parts))}

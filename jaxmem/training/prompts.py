@@ -48,9 +48,16 @@ class Prompt:
         return " ".join(part["text"] for part in content if part.get("type") == "text")
 
 
-def encoder(processor: Processor, answers: bool = False) -> Callable[[Any], Prompt]:
+def encoder(
+    processor: Processor,
+    answers: bool = False,
+    chat: Callable[[Any, Sequence[Mapping[str, Any]], bool], Example] | None = None,
+) -> Callable[[Any], Prompt]:
     """record -> Prompt. A record's last assistant turn is what is asked for, not part of the prompt; it becomes the
-    column "solution" unless the record has one, and with `answers` the prompt's `answer`."""
+    column "solution" unless the record has one, and with `answers` the prompt's `answer`. `chat` is how a record's
+    messages become a row (`encoding.chats`); without it they are all that counts."""
+
+    read = chat or (lambda record, messages, prompt: processor.encode(messages, add_generation_prompt=prompt))
 
     def encode(record: Any) -> Prompt:
         messages, columns, answer = messages_of(record), columns_of(record), None
@@ -60,9 +67,9 @@ def encoder(processor: Processor, answers: bool = False) -> Callable[[Any], Prom
             messages = messages[:-1]
         if not messages:
             raise DataError("a prompt needs at least one message that is not the assistant's")
-        example = processor.encode(messages, add_generation_prompt=True)
+        example = read(record, messages, True)
         if answers and len(messages) < len(whole):
-            full, start = processor.encode(whole), len(example)
+            full, start = read(record, whole, False), len(example)
             answer = tuple(int(t) for t in full.tokens[start:][full.loss_mask[start:] > 0])
         return Prompt(example, messages, columns, answer)
 

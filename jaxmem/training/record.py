@@ -21,7 +21,6 @@ from jaxmem.errors import CheckpointError
 
 FILE = "run.json"
 _PACKAGES = ("jaxmem", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
-_EDGE = 1 << 16
 
 
 def versions() -> dict[str, str]:
@@ -33,18 +32,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def weights_fingerprint(folder: str | Path) -> str:
-    """Tells one backbone folder from another without reading it whole: names, sizes and both ends of its weights."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(_EDGE))
-            file.seek(max(0, path.stat().st_size - _EDGE))
-            digest.update(file.read(_EDGE))
-    return digest.hexdigest()
 
 
 def source_fingerprint() -> str:

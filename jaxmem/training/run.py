@@ -19,7 +19,7 @@ from jaxmem import api
 from jaxmem import config as configs
 from jaxmem.adapters import lora
 from jaxmem.checkpoints import huggingface
-from jaxmem.checkpoints.identity import run_identity
+from jaxmem.checkpoints.identity import run_identity, weights_fingerprint
 from jaxmem.checkpoints.native import CheckpointStore
 from jaxmem.checkpoints.weights import INDEX as WEIGHT_INDEX
 from jaxmem.data import records
@@ -34,11 +34,15 @@ from jaxmem.training.loop import Job
 from jaxmem.training.placing import level, place, share_of
 from jaxmem.training.settings import DataConfig, MeshConfig, TrainConfig
 from jaxmem.training.signals import Signals
-from jaxmem.training.stages import ADAPTER, MEMORY
+from jaxmem.training.stages import ADAPTER, BACKBONE, MEMORY
 from jaxmem.training.trees import Tree
 
-CHECKPOINTS, BACKBONE = "checkpoints", "backbone"
-EXPERIMENTS = {"digit_boards": "jaxmem.analysis.digit_boards", "digit_vismem": "jaxmem.analysis.digit_vismem"}
+CHECKPOINTS = "checkpoints"
+EXPERIMENTS = {
+    "digit_boards": "jaxmem.analysis.digit_boards",
+    "digit_vismem": "jaxmem.analysis.digit_vismem",
+    "digit_facts": "jaxmem.analysis.digit_facts",
+}
 """Modules with `open_experiment(section) -> object` with `before(model, folder)` and `after(model, folder, config)`;
 one with `summary(folders) -> str` has something to say of several seeds."""
 REPORTS = {"run": "jaxmem.analysis.grpo_report:write", "seeds": "jaxmem.analysis.grpo_seeds:write"}
@@ -268,13 +272,13 @@ def pipeline(
     training = data is config.data
     rows, parts = config.loop.batch_size, config.loop.accumulate
     rows, parts = (rows, parts) if training else (rows // parts, 1)
-    encode, assemble = encoders(data, model.processor, model.spec.backbone)
+    encode, assemble = encoders(data, model.processor, model.spec)
     return Pipeline(
         source=source,
         encode=encode,
         assemble=assemble,
         batch_size=rows,
-        shuffle=training and data.shuffle and data.source != "boards",
+        shuffle=training and data.shuffle and data.source == "jsonl",
         seed=config.seed,
         rejections=Rejections(len(source), data.max_rejected_fraction, rejected),
         threads=data.threads,
@@ -309,7 +313,7 @@ def _identity(config: TrainConfig, model: api.Model, source: Sequence[Any], step
     """What may not change between two starts of one run. How it is cut into microbatches, placed, shown, evaluated
     and checkpointed may."""
     return run_identity(model.spec.backbone, model.spec.memories) | {
-        "weights": record.weights_fingerprint(model.folder),
+        "weights": weights_fingerprint(model.folder),
         "lora": None if config.lora is None else dict(config.lora),
         "memory_folder": config.memory_folder,
         "adapter_folder": config.adapter_folder,

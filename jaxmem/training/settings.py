@@ -12,6 +12,7 @@ from jaxmem.backbones.decoder import REMAT
 from jaxmem.config import choose
 from jaxmem.data.batching import Buckets
 from jaxmem.data.boards import BoardDataset
+from jaxmem.data.facts import FactDataset
 from jaxmem.distributed.flags import PRESETS
 from jaxmem.distributed.hosts import HostsConfig
 from jaxmem.distributed.mesh import complete
@@ -26,8 +27,13 @@ class DataConfig:
     """Where rows come from and how they are encoded.
 
     Attributes:
-      source: "jsonl" reads `path`; "boards" composes digit boards.
+      source: "jsonl" reads `path`; "boards" composes digit boards, "facts" questions about items of digits and words.
       path: file with one {"messages": [...]} per line; image paths in it are relative to its folder.
+      items: where the "items" of a record go: to CoMEM's "memory", into the "prompt" as text and images (retrieval-
+        augmented generation), or nowhere ("none").
+      item_turns: in the prompt each is a user turn of its own; otherwise they open the question's.
+      facts: of the source "facts"; its `group` like that of boards.
+      newline: supervise the line break behind each answer too, as CoMEM's recipe does.
       boards: of the source "boards"; when their `group` is 1 it becomes the batch size, so that all boards of a batch
         have one length.
       shuffle: a new order for every epoch (boards are random already and keep theirs).
@@ -37,8 +43,12 @@ class DataConfig:
       prefetch: encoded batches that may wait.
     """
 
-    source: Literal["jsonl", "boards"] = "jsonl"
+    source: Literal["jsonl", "boards", "facts"] = "jsonl"
     path: str = ""
+    items: Literal["memory", "prompt", "none"] = "memory"
+    item_turns: bool = True
+    facts: FactDataset = FactDataset()
+    newline: bool = False
     boards: BoardDataset = BoardDataset()
     shuffle: bool = True
     buckets: Buckets = Buckets()

@@ -1,4 +1,5 @@
-"""One command, several runs: each stage goes on from the memory and the LoRA factors that the one before it left."""
+"""One command, several runs: each stage goes on from the memory, the LoRA factors and the backbone that the one before
+it left."""
 
 from __future__ import annotations
 
@@ -8,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxmem import config as configs
+from jaxmem.adapters import lora
 from jaxmem.training.settings import TrainConfig
 
-MEMORY, ADAPTER = "memory", "adapter"
+MEMORY, ADAPTER, BACKBONE = "memory", "adapter", "backbone"
 """Folders that a run leaves in its output."""
 
 
@@ -41,10 +43,20 @@ def plan(config: TrainConfig) -> list[TrainConfig]:
 
 def _left(run: TrainConfig) -> dict[str, Any]:
     """Where the next stage finds what a run leaves."""
-    left: dict[str, Any] = {"memory_folder": str(Path(run.output) / MEMORY)}
+    left: dict[str, Any] = {}
+    if run.memory is not None or run.memory_folder is not None:
+        left |= {"memory_folder": str(Path(run.output) / MEMORY)}
+    if _trains_backbone(run):
+        left |= {"backbone": str(Path(run.output) / BACKBONE)}
     if run.lora is not None or run.adapter_folder is not None:
         left |= {"adapter_folder": str(Path(run.output) / ADAPTER), "lora": None}
     return left
+
+
+def _trains_backbone(run: TrainConfig) -> bool:
+    """Do weights of the backbone itself train, and not its LoRA factors alone?"""
+    patterns = (run.trainable,) if isinstance(run.trainable, str) else run.trainable
+    return any(one.startswith(("base", "**")) and not one.endswith(lora.LEAVES) for one in patterns)
 
 
 def _replaced(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def oracle(config, params, hidden, valid, dtype=torch.float32):
     z = p["latents"].expand(len(x), -1, -1)
     sees = torch.cat([mask, torch.ones(len(x), config.latents, dtype=torch.bool)], 1)[:, None, None]
     for step in range(config.depth):
-        b = p["block"] if config.shared else jax.tree.map(lambda leaf, at=step: leaf[at], p["block"])
+        b = p["block"] if config.shared else jax.tree.map(lambda leaf, at=step: leaf[at], p["blocks"])
         normed = norm(z, b["norm_latents"])
         both = linear(torch.cat([norm(x, b["norm_item"]), normed], 1), b["kv"])
         key, value = (split(part) for part in both.chunk(2, dim=-1))
@@ -106,7 +106,7 @@ def test_check_05_equals_torch_at_full_size():
 def test_check_06_keys_made_once_equal_keys_made_in_every_pass():
     """A block that is repeated is an unshared one whose passes are all alike, which makes keys in each."""
     hidden, valid, params = states(), left_padded(), params_of(CONFIG)
-    repeated = {**params, "block": jax.tree.map(lambda leaf: jnp.stack([leaf] * CONFIG.depth), params["block"])}
+    repeated = {**params, "blocks": jax.tree.map(lambda leaf: jnp.stack([leaf] * CONFIG.depth), params["block"])}
     again = compress(UNSHARED, repeated, hidden, valid)
     np.testing.assert_allclose(compress(CONFIG, params, hidden, valid), again, rtol=0, atol=1e-6)
 
@@ -142,8 +142,8 @@ def test_check_09_an_item_of_padding_gives_finite_numbers_and_gradients():
 
 def test_check_10_passes_of_their_own_have_depth_times_the_block():
     shared, own = shapes(CONFIG), shapes(UNSHARED)
-    assert size(own["block"]) == CONFIG.depth * size(shared["block"])
-    assert size(own) - size(own["block"]) == size(shared) - size(shared["block"])
+    assert size(own["blocks"]) == CONFIG.depth * size(shared["block"])
+    assert size(own) - size(own["blocks"]) == size(shared) - size(shared["block"])
 
 
 def test_fresh_weights_have_the_published_distributions():

@@ -181,7 +181,7 @@ def states_by_hand(spec: Spec, base: Any, memory: Any, batch: Any, rolled: Rollo
     embeddings; `shift` moves the positions of generated slots, which is wrong."""
     config, found = spec.vismem, []
     x = embedded_by_hand(config, base, memory, rolled)
-    positions = np.asarray(model.next_position(batch))[:, None] + np.arange(x.shape[2]) + shift
+    positions = np.asarray(model.next_position(spec, batch))[:, None] + np.arange(x.shape[2]) + shift
     last = np.asarray(model.last_places(batch))
     for member in range(x.shape[1]):
         valid = np.arange(x.shape[2]) < rolled.lengths[:, member, None]

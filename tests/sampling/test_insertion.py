@@ -113,7 +113,7 @@ def test_check_18_positions_behind_an_image() -> None:
     row = w.example((3, (2, 2), 2), 0)
     assert len(row) == 11 and len(row.patches) == 16
     batch = w.batch_of([row], padding="left")
-    (place,) = np.asarray(model.next_position(batch))
+    (place,) = np.asarray(model.next_position(v.SPEC, batch))
     assert (place, place - len(row)) == (9, -2)
     _, kept = w.quick_prefill(v.SPEC, base(), VARIANTS["free"].memory, batch, w.SLOTS)
     assert kept.position.tolist() == [9]

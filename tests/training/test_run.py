@@ -164,8 +164,8 @@ def test_digit_boards_are_a_source_with_one_length_per_batch(folder):
     source = encoding.open_source(config.data, 8)
     assert source.group == 8 and dataclasses.replace(source, group=1) == config.data.boards
     model = api.load(folder)
-    fast = encoding.encoders(config.data, model.processor, model.spec.backbone)
-    slow = encoding.encoders(settings_of.DataConfig(path="x", buckets=config.data.buckets), model.processor, None)
+    fast = encoding.encoders(config.data, model.processor, model.spec)
+    slow = encoding.encoders(settings_of.DataConfig(path="x", buckets=config.data.buckets), model.processor, model.spec)
     assert fast[0](source[0]) is not None and not hasattr(fast[0](source[0]), "tokens")
     for place in (0, 8, 16, 24):
         boards = [source[place + i] for i in range(8)]

@@ -1,0 +1,99 @@
+"""CoMEM on facts that exist in knowledge items alone: handwritten digits and words, three seeds, one command.
+
+    jaxmem train --config=configs/digits_comem.py
+
+The tiny backbone that jaxmem brings along reads boards and nothing else. The first stage teaches it what real backbones
+know: to answer from items that stand in its prompt as text and images. Then it is frozen, and the second stage trains
+the memory: LoRA factors of the encoder and the Q-Former, so that the same questions are answered from embeddings in
+front of a prompt that shows no item. Both stages draw 1 to 10 items per question, of which one holds the answer.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    facts = {"split": "train", "seed": 11, "items": (1, 3, 5, 10), "asked": (1, 4, 8), "size": 200_000, "group": 1}
+    buckets = {
+        "tokens": (32, 48, 64, 112),
+        "patches": (4, 12, 20, 40),
+        "items": (1, 3, 5, 10),
+        "item_tokens": (16,),
+        "item_patches": (4,),
+    }
+    data = {"source": "facts", "items": "memory", "item_turns": False, "buckets": buckets, "threads": 1, "prefetch": 4}
+    return ConfigDict(
+        {
+            "output": "runs/digits_comem",
+            "seed": 0,
+            "seeds": (0, 1, 2),
+            "backbone": "",  # the tiny backbone that jaxmem brings along
+            "dtype": "float32",
+            "memory": {
+                "name": "comem",
+                "latents": 4,
+                "depth": 4,
+                "heads": 4,
+                "head_dim": 32,
+                "ff_mult": 4,
+                "shared": True,
+                "rank": 16,
+                "alpha": 32.0,
+                "dropout": 0.0,
+                "suffix": "",
+                "parts": ("layers", "visual/blocks", "visual/merger", "visual/deepstack"),
+            },
+            "memory_folder": None,
+            "trainable": "memory",
+            "data": {**data, "facts": facts},
+            "evaluation": {**data, "facts": {**facts, "asked": (1,), "split": "test", "size": 256}},
+            "optimizer": {
+                "learning_rate": 3e-3,
+                "schedule": "cosine",
+                "warmup_ratio": 0.05,
+                "final_fraction": 0.05,
+                "beta1": 0.9,
+                "beta2": 0.99,
+                "weight_decay": 0.0,
+                "clip_norm": 1.0,
+            },
+            "loop": {
+                "steps": 2000,
+                "batch_size": 32,
+                "accumulate": 1,
+                "p_block": 0.0,
+                "eval_every": 250,
+                "checkpoint_every": 500,
+                "checkpoint_seconds": 60.0,
+                "keep": 2,
+                "keep_best": 1,
+                "log_every": 50,
+                "resume": "auto",
+                "progress": True,
+                "tensorboard": True,
+            },
+            "mesh": {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1},
+            "hosts": {"start": "auto", "timeout_s": 900.0, "heartbeat_s": 100},
+            "remat": False,
+            "experiment": None,
+            "stages": {
+                "1_backbone": {
+                    "memory": None,
+                    "trainable": "base",
+                    "data": {"items": "prompt"},
+                    "evaluation": {"items": "prompt"},
+                    "optimizer": {"learning_rate": 2e-3},
+                    "loop": {"steps": 2000},
+                },
+                "2_memory": {
+                    "experiment": {
+                        "name": "digit_facts",
+                        "items": (1, 3, 5, 10),
+                        "questions": 256,
+                        "batch_size": 64,
+                        "seed": 5,
+                        "max_new_tokens": 8,
+                    },
+                },
+            },
+        }
+    )

@@ -1,0 +1,119 @@
+"""Facts that exist in knowledge items alone: a small, controlled test of a memory of items, with real handwriting.
+
+An item shows one handwritten digit and says whose it is and where: "river stone". A question names some of the items
+and wants of each what its image shows and what its text says:
+
+    items      [image of a 7] river stone     [image of a 3] cloud milk     [image of a 0] bell snow     ...
+    user       cloud
+               river
+    assistant  cloud milk3
+               river stone7
+
+Digits and words are drawn anew for every row, so nothing but the right item holds an answer; the items that are not
+asked for are distractors. Everything is a pure function of (split, seed, index). No digit is in both splits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from jaxmem.data.boards import CELL_PIXELS, WORDS, augment, load_split, stretched
+from jaxmem.data.items import Item
+
+_SPLITS = {"train": 0, "test": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """One row.
+
+    Attributes:
+      items: the knowledge; those that are asked for stand anywhere among it.
+      asked: indices of the items that are asked for, in the order of the question.
+      answer: a line for each: its name and what its text says, and what its image shows.
+    """
+
+    items: tuple[Item, ...]
+    asked: tuple[int, ...]
+    answer: str
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The chat: one user turn and one assistant turn."""
+        return [*self.question, {"role": "assistant", "content": self.answer}]
+
+    @property
+    def question(self) -> list[dict[str, Any]]:
+        """The chat without its answer."""
+        return [{"role": "user", "content": "\n".join(self.items[i].text.split()[0] for i in self.asked)}]
+
+
+@dataclasses.dataclass(frozen=True)
+class FactDataset(Sequence[Fact]):
+    """`size` rows that can be indexed in any order; item i is a pure function of (split, seed, i).
+
+    Attributes:
+      split: "train" (1,397 digits, lightly augmented) or "test" (the other 400, as they are).
+      seed: selects the rows, never the split.
+      items: numbers of items to draw from, each 1 to 32; drawn once per `group` consecutive indices, so that with
+        `group` equal to the batch size the rows of a batch have one shape.
+      asked: numbers of items that a question names to draw from, likewise; all where there are fewer.
+      size: number of rows.
+      group: consecutive rows with equally many items.
+
+    Raises:
+      ValueError: for an unknown split, or numbers out of range.
+    """
+
+    split: str = "train"
+    seed: int = 0
+    items: tuple[int, ...] = (1, 2, 3, 5, 10)
+    asked: tuple[int, ...] = (1,)
+    size: int = 100_000
+    group: int = 1
+
+    def __post_init__(self) -> None:
+        """Accepts single numbers and lists for items and asked, and checks every field."""
+        for name in ("items", "asked"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, int) else tuple(value))
+        if self.split not in _SPLITS:
+            raise ValueError(f"FactDataset: split is {self.split!r}; use one of {sorted(_SPLITS)}")
+        if not self.items or min(self.items) < 1 or max(self.items) > len(WORDS) // 2:
+            raise ValueError(f"FactDataset: items is {self.items}; give numbers of 1 to {len(WORDS) // 2}")
+        if self.size < 1 or self.group < 1 or not self.asked or min(self.asked) < 1 or self.seed < 0:
+            raise ValueError("FactDataset: size, asked and group must be at least 1, and seed at least 0")
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return self.size
+
+    def __getitem__(self, index: SupportsIndex) -> Fact:  # pyrefly: ignore[bad-override]
+        """Row `index`; raises IndexError outside 0..size-1."""
+        index = int(index)
+        if not 0 <= index < self.size:
+            raise IndexError(f"fact {index} of a dataset with {self.size}")
+        source = (_SPLITS[self.split], self.seed)
+        shape = np.random.default_rng((*source, 1, index // self.group))
+        count, asked = int(shape.choice(self.items)), int(shape.choice(self.asked))
+        rng, name = np.random.default_rng((*source, 0, index)), f"{self.split}-{self.seed}-{index}"
+        return _fact(rng, self.split, count, min(asked, count), name)
+
+
+def _fact(rng: np.random.Generator, split: str, count: int, asked: int, name: str) -> Fact:
+    """A random row with `count` items."""
+    pictures, labels = load_split(split)
+    chosen = rng.integers(len(labels), size=count)
+    words = rng.choice(len(WORDS), size=2 * count, replace=False)
+    wanted = tuple(rng.permutation(count)[:asked].tolist())
+    digits = augment(rng, pictures[chosen]) if split == "train" else pictures[chosen]
+    shown = np.repeat(stretched(digits, CELL_PIXELS)[..., None], 3, axis=-1)
+    items = tuple(
+        Item(f"{name}-{i}", f"{WORDS[words[2 * i]]} {WORDS[words[2 * i + 1]]}", (shown[i],)) for i in range(count)
+    )
+    lines = [f"{items[i].text}{labels[chosen[i]]}" for i in wanted]
+    return Fact(items, wanted, "\n".join(lines))

@@ -1,0 +1,186 @@
+"""What the command line can do: each verb with its flags and the function that it calls."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """A flag of a verb: `kind` is "text", "texts" (may be given several times), "int", "float" or "bool"."""
+
+    name: str
+    kind: str
+    default: Any
+    help: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """A verb: `target` is "module:function"; `config` is "required", "optional" or "none".
+
+    `argument` names the one positional word that the verb needs, if any.
+    """
+
+    target: str
+    summary: str
+    flags: tuple[Flag, ...] = ()
+    config: str = "none"
+    argument: str | None = None
+    example: str = ""
+
+
+_JSON = Flag("json", "bool", False, "print one JSON object and nothing else")
+
+VERBS: Mapping[str, Verb] = {
+    "train": Verb(
+        "jaxmem.training.run:main",
+        "train a memory from examples or by rewards; running the same command again resumes",
+        config="required",
+        example="jaxmem train --config=configs/digits_quickstart.py",
+    ),
+    "generate": Verb(
+        "jaxmem.sampling.cli:main",
+        "answer a prompt about images, streaming to the terminal",
+        (
+            Flag(
+                "model",
+                "text",
+                None,
+                "a Hugging Face folder (default: the shipped tiny backbone)",
+            ),
+            Flag("memory", "text", None, "a folder with a trained memory; absent: the bare backbone"),
+            Flag("prompt", "text", None, "the user's words; read from standard input when absent"),
+            Flag("image", "texts", [], "an image file, before the prompt's words; repeat for several"),
+            Flag("system", "text", None, "a system message"),
+            Flag("max_new_tokens", "int", 256, "stop after so many tokens"),
+            Flag("temperature", "float", 0.0, "0 takes the most likely token"),
+            Flag("top_k", "int", 0, "sample among the k most likely tokens; 0 is off"),
+            Flag("top_p", "float", 1.0, "sample among the tokens that hold this share of the probability"),
+            Flag("min_p", "float", 0.0, "drop tokens below this share of the most likely one"),
+            Flag("repetition_penalty", "float", 1.0, "above 1 makes seen tokens less likely"),
+            Flag("seed", "int", 0, "random seed of the sampling"),
+            Flag("dtype", "text", None, "float32, bfloat16 or float16 (default: as stored)"),
+        ),
+        example='jaxmem generate --image=board.png --prompt="Which digit is in row 1, column 2?"',
+    ),
+    "study": Verb(
+        "jaxmem.analysis.study:main",
+        "train several arms with several seeds and compare them; running the same command again resumes",
+        config="required",
+        example="jaxmem study --config=configs/digits_benchmark.py",
+    ),
+    "reward": Verb(
+        "jaxmem.training.rewards.cli:main",
+        "show what reward functions give for the completions of a JSON-lines file",
+        (
+            Flag("function", "texts", [], "a built-in, package.module:function, or a JSON object; repeat for several"),
+            Flag("timeout", "float", 10.0, "seconds that verifying one completion may take"),
+            _JSON,
+        ),
+        argument="FILE",
+        example="jaxmem reward completions.jsonl --function=pvm --function=math",
+    ),
+    "invocations": Verb(
+        "jaxmem.analysis.invocations_cli:main",
+        "show where a trained VisMem called for memory, by type and place",
+        (_JSON,),
+        argument="RUN",
+        example="jaxmem invocations runs/digits_vismem/seed_0/3_invocation",
+    ),
+    "bank": Verb(
+        "jaxmem.retrieval.cli:main",
+        "build a bank of encoded knowledge items, add to it, check it, or search its index",
+        (
+            Flag("folder", "text", None, "the bank's folder"),
+            Flag("items", "text", None, 'JSON lines, {"id": ..., "text": ..., "image": ...} each'),
+            Flag("model", "text", None, "a Hugging Face folder (default: the shipped tiny backbone)"),
+            Flag("memory", "text", None, "a folder with a trained CoMEM, which encodes the items"),
+            Flag("dtype", "text", None, "of the model: float32, bfloat16 or float16 (default: as stored)"),
+            Flag("store", "text", "bfloat16", "how the bank holds embeddings: bfloat16, or int8 in half the room"),
+            Flag("shard_items", "int", 1024, "items per file of the bank; what a kill can lose"),
+            Flag("batch", "int", 16, "items that are encoded at once"),
+            Flag("on_error", "text", "stop", "stop at items that cannot be used, or skip them into rejected.jsonl"),
+            Flag("index", "text", None, "the folder of an index to search, or to put the items into"),
+            Flag("index_kind", "text", "exact", "of an index that is made: exact, approximate or lance"),
+            Flag("embedder", "text", None, "a Hugging Face folder of CLIP or SigLIP, which makes an index's vectors"),
+            Flag("mode", "text", "image", "what of an item is indexed: image, text or mean (both)"),
+            Flag("text", "text", None, "search: the question's words"),
+            Flag("image", "texts", [], "search: the question's image; repeat for several"),
+            Flag("k", "int", 10, "search: items to find"),
+            _JSON,
+        ),
+        argument="ACTION",
+        example="jaxmem bank build --folder=bank --items=items.jsonl --memory=runs/comem/memory",
+    ),
+    "eval": Verb(
+        "jaxmem.evaluation.knowledge.cli:main",
+        "score a model with and without memory on a knowledge benchmark; the same command again resumes",
+        (
+            Flag("benchmark", "text", None, "infoseek, oven, okvqa, aokvqa, viquae, mrag, cvqa or cvqa_comem"),
+            Flag("questions", "texts", [], "a question file; repeat for several"),
+            Flag(
+                "annotations", "texts", [], "a file that belongs to them (types, answers, titles); repeat for several"
+            ),
+            Flag("images", "text", None, "folder of the questions' images (default: that of the question file)"),
+            Flag("subset", "text", None, "a file with the ids to ask"),
+            Flag("language", "text", "en", "of the questions, where the files do not say"),
+            Flag("limit", "int", 0, "ask the first so many questions; 0 asks all"),
+            Flag("model", "text", None, "a Hugging Face folder (default: the shipped tiny backbone)"),
+            Flag("memory", "text", None, "a folder with a trained CoMEM"),
+            Flag("bank", "text", None, "its memory bank (jaxmem bank build)"),
+            Flag("index", "text", None, "an index of the bank's items"),
+            Flag("embedder", "text", None, "folder of the CLIP that made the index"),
+            Flag("items", "text", None, "the items' file, for --condition=rag: banks hold no texts or images"),
+            Flag("k", "int", 10, "items per question"),
+            Flag("condition", "texts", [], "none, memory, shuffled or rag; repeat for several"),
+            Flag("out", "text", None, "folder of the result files"),
+            Flag("text_first", "bool", False, "put a question's words before its image"),
+            Flag("query_images", "text", "squash", "questions' images: squash, square, stored or pooled"),
+            Flag("decode", "text", "greedy", "greedy, or comem: temperature 0.1, top_p 0.001, penalty 1.05"),
+            Flag("max_new_tokens", "int", 0, "stop replies after so many tokens; 0 is 1000"),
+            Flag("batch_size", "int", 8, "questions that are answered together"),
+            Flag("seed", "int", 0, "of the shuffling, and of sampling"),
+            Flag("dtype", "text", None, "float32, bfloat16 or float16 (default: as stored)"),
+            _JSON,
+        ),
+        example="jaxmem eval --benchmark=okvqa --questions=Q.json --annotations=A.json --images=val2014 --out=runs/ok",
+    ),
+    "synthesise": Verb(
+        "jaxmem.training.synthesis.cli:main",
+        "make CoMEM's training data from a model's own right answers; the same command again resumes",
+        (_JSON,),
+        config="required",
+        example="jaxmem synthesise --config=configs/comem_synthesis.py",
+    ),
+    "plan": Verb(
+        "jaxmem.planning.cli:main",
+        "say what a run would need on a TPU pod or GPUs, without having them",
+        (
+            Flag("topology", "texts", [], "chips and shape, v5e:4x4 or h100:2x8 (nodes x GPUs); repeat for a table"),
+            Flag("mesh", "texts", [], "axes such as fsdp=4,sequence=4 instead of config.mesh; repeat for a table"),
+            Flag("tokens", "int", 0, "length of the planned rows; 0 is the longest of config.data.buckets"),
+            Flag("patches", "int", 0, "image patches of the planned rows; 0 is the longest of config.data.buckets"),
+            Flag("sweep", "bool", False, "one line per topology, mesh and program"),
+            Flag("scaling_svg", "text", None, "draw weak scaling to this file; the batch grows with the chips"),
+            _JSON,
+        ),
+        config="required",
+        example="jaxmem plan --config=configs/pvm_qwen3vl.py:8b --topology=v5e:4x4",
+    ),
+    "bench": Verb(
+        "jaxmem.bench.run:main",
+        "measure jaxmem against its peer in one run",
+        (_JSON,),
+        argument="NAME",
+        example="jaxmem bench decode --json",
+    ),
+    "doctor": Verb(
+        "jaxmem.doctor:main",
+        "show versions, devices, memory and what is missing for what",
+        (Flag("checkpoint", "text", None, "a run's folder: verify its checkpoints instead"), _JSON),
+        example="jaxmem doctor",
+    ),
+}
