@@ -77,14 +77,12 @@ def get_config() -> ConfigDict:
             "experiment": None,
             "stages": {
                 "1_backbone": {
-                    "memory": None,
-                    "trainable": "base",
-                    "data": {"items": "prompt"},
-                    "evaluation": {"items": "prompt"},
+                    "trainable": ("base", "memory"),
                     "optimizer": {"learning_rate": 2e-3},
-                    "loop": {"steps": 2000},
+                    "loop": {"steps": 1500},
                 },
                 "2_memory": {
+                    "memory_folder": None,  # a fresh one
                     "experiment": {
                         "name": "digit_facts",
                         "items": (1, 3, 5, 10),

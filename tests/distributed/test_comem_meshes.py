@@ -21,7 +21,7 @@ from jaxmem.training import descent, optimizer, placing, sft, trees
 from tests.distributed import world as w
 from tests.memory.comem_world import noisy
 
-CONFIG = comem.create(w.BACKBONE, latents=4, depth=2, heads=4, rank=4, dropout=0.0)
+CONFIG = comem.create(w.BACKBONE, latents=4, depth=2, heads=4, rank=4, alpha=1.0, dropout=0.0)
 SPEC = Spec(w.BACKBONE, (CONFIG,))
 ROWS, NEW = 4, 12
 ONE = "one device"

@@ -1,5 +1,6 @@
-"""Acceptance checks 2 to 4 of CoMEM: what trains at the released sizes. Nothing is allocated."""
+"""Acceptance checks 2 to 4 and 40 of CoMEM: what trains at the released sizes. Nothing is allocated."""
 
+import dataclasses
 import math
 
 import jax
@@ -10,6 +11,8 @@ from jaxmem.backbones.published import PUBLISHED
 from jaxmem.backbones.registry import backbone
 from jaxmem.errors import ConfigError
 from jaxmem.memory import comem, item_encoder
+from jaxmem.model import Spec, hidden_states
+from jaxmem.planning.batches import Lengths, abstract
 from jaxmem.training import trees
 from jaxmem.training.optimizer import OptimizerConfig, transformation
 
@@ -94,3 +97,31 @@ def test_qwen3_vl_has_mergers_for_its_taps():
 def test_settings_that_make_no_sense(settings, words):
     with pytest.raises(ConfigError, match=words):
         comem.create(PUBLISHED["Qwen2.5-VL-7B-Instruct"], **settings)
+
+
+def test_check_40_parameters_lie_in_memory_once():
+    """A training step and the encoder take the backbone as one argument beside the memory, whatever reads it: no second
+    copy among the arguments, and none is made, since what lives meanwhile is less than a copy."""
+    name = "Qwen2.5-VL-7B-Instruct"
+    config, params = shapes(name)
+    full = PUBLISHED[name]
+    small = dataclasses.replace(
+        full,
+        text=dataclasses.replace(full.text, layers=2, width=256, mlp_width=4096, heads=4, kv_heads=2, head_dim=64,
+                                 rope_section=(8, 12, 12), vocab=30_000),
+        vision=dataclasses.replace(full.vision, depth=2, width=128, mlp_width=512, heads=4, out_width=256,
+                                   full_blocks=(1,)),
+        image_token=1, video_token=2, vision_start_token=3, vision_end_token=4,
+    )  # fmt: skip
+    assert count(params) == SIZES[name][2] and config.rank == 16
+    config = comem.create(small, heads=4, dropout=0.0)
+    own = jax.eval_shape(lambda: comem.init(jax.random.key(0), config))
+    base = backbone(small.model_type).shapes(small)
+    batch = abstract((1,), Lengths(32, 16, (2, 16, 16)), small.vision)
+    spec = Spec(small, (config,))
+    compiled = jax.jit(hidden_states, static_argnums=0).lower(spec, base, {"comem": own}, batch).compile()
+    used = compiled.memory_analysis()
+    parameters = 4 * (count(base) + count(own))
+    inputs = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
+    assert used.argument_size_in_bytes <= 1.05 * parameters + inputs
+    assert used.argument_size_in_bytes + used.temp_size_in_bytes <= 1.05 * parameters + inputs + 4 * count(base) // 2
