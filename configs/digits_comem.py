@@ -1,26 +1,22 @@
-"""CoMEM on facts that exist in knowledge items alone: handwritten digits and words, three seeds, one command.
+"""CoMEM on facts that exist in knowledge items alone: handwritten digits, three seeds, one command.
 
     jaxmem train --config=configs/digits_comem.py
 
-The tiny backbone that jaxmem brings along reads boards and nothing else. The first stage teaches it what real backbones
-know: to answer from items that stand in its prompt as text and images. Then it is frozen, and the second stage trains
-the memory: LoRA factors of the encoder and the Q-Former, so that the same questions are answered from embeddings in
-front of a prompt that shows no item. Both stages draw 1 to 10 items per question, of which one holds the answer.
+The cells of a digit board are knowledge items: an image of a digit, and the letter of the cell as its text. A question
+names cells and shows nothing. The tiny backbone that jaxmem brings along looks for a cell by its place in an image, not
+by what it says, so the first stage teaches it together with a memory to look vectors up. Then it is frozen, that memory
+is thrown away, and the second stage trains a fresh one, as CoMEM does: LoRA factors of the encoder and the Q-Former
+alone. Both stages draw 1 to 10 items per question, of which the question names up to four.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    facts = {"split": "train", "seed": 11, "items": (1, 3, 5, 10), "asked": (1, 4, 8), "size": 200_000, "group": 1}
-    buckets = {
-        "tokens": (32, 48, 64, 112),
-        "patches": (4, 12, 20, 40),
-        "items": (1, 3, 5, 10),
-        "item_tokens": (16,),
-        "item_patches": (4,),
-    }
-    data = {"source": "facts", "items": "memory", "item_turns": False, "buckets": buckets, "threads": 1, "prefetch": 4}
+    facts = {"split": "train", "seed": 11, "items": (1, 2, 3, 5, 10), "asked": (1, 2, 4), "size": 200_000, "group": 1}
+    # one shape, so that one program serves all numbers of items
+    buckets = {"tokens": (96,), "patches": (4,), "items": (10,), "item_tokens": (16,), "item_patches": (4,)}
+    data = {"source": "facts", "items": "memory", "buckets": buckets, "threads": 1, "prefetch": 4}
     return ConfigDict(
         {
             "output": "runs/digits_comem",
@@ -57,16 +53,16 @@ def get_config() -> ConfigDict:
                 "clip_norm": 1.0,
             },
             "loop": {
-                "steps": 2000,
+                "steps": 600,
                 "batch_size": 32,
                 "accumulate": 1,
                 "p_block": 0.0,
-                "eval_every": 250,
+                "eval_every": 200,
                 "checkpoint_every": 500,
                 "checkpoint_seconds": 60.0,
                 "keep": 2,
                 "keep_best": 1,
-                "log_every": 50,
+                "log_every": 20,
                 "resume": "auto",
                 "progress": True,
                 "tensorboard": True,
@@ -78,8 +74,8 @@ def get_config() -> ConfigDict:
             "stages": {
                 "1_backbone": {
                     "trainable": ("base", "memory"),
-                    "optimizer": {"learning_rate": 2e-3},
-                    "loop": {"steps": 1500},
+                    "optimizer": {"learning_rate": 1e-3},
+                    "loop": {"steps": 300},
                 },
                 "2_memory": {
                     "memory_folder": None,  # a fresh one

@@ -1,27 +1,26 @@
 """Facts that exist in knowledge items alone: a small, controlled test of a memory of items, with real handwriting.
 
-An item shows one handwritten digit and says whose it is and where: "river stone". A question names some of the items
-and wants of each what its image shows and what its text says:
+The cells of a digit board (`jaxmem.data.boards`) are knowledge items: each shows one handwritten digit and says which
+cell it is. A question names some cells and shows nothing; the answer reads each of them and keeps a running sum:
 
-    items      [image of a 7] river stone     [image of a 3] cloud milk     [image of a 0] bell snow     ...
-    user       cloud
-               river
-    assistant  cloud milk3
-               river stone7
+    items      [image of a 7] C     [image of a 3] F     [image of a 0] K     ...
+    user       Read and add F C
+    assistant  F3=3 C7=0 #0
 
-Digits and words are drawn anew for every row, so nothing but the right item holds an answer; the items that are not
+Digits and cells are drawn anew for every row, so nothing but the right item holds an answer; the items that are not
 asked for are distractors. Everything is a pure function of (split, seed, index). No digit is in both splits.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
 
-from jaxmem.data.boards import CELL_PIXELS, WORDS, augment, load_split, stretched
+from jaxmem.data.boards import CELL_PIXELS, CELLS, QUESTION, augment, load_split, stretched
 from jaxmem.data.items import Item
 
 _SPLITS = {"train": 0, "test": 1}
@@ -32,24 +31,31 @@ class Fact:
     """One row.
 
     Attributes:
-      items: the knowledge; those that are asked for stand anywhere among it.
-      asked: indices of the items that are asked for, in the order of the question.
-      answer: a line for each: its name and what its text says, and what its image shows.
+      items: the knowledge; the items that are asked for stand anywhere among it.
+      asked: their indices, in the order of the question.
+      digits: what their images show.
     """
 
     items: tuple[Item, ...]
     asked: tuple[int, ...]
-    answer: str
+    digits: tuple[int, ...]
+
+    @property
+    def question(self) -> list[dict[str, Any]]:
+        """The chat without its answer."""
+        return [{"role": "user", "content": " ".join([QUESTION, *(self.items[i].text for i in self.asked)])}]
+
+    @property
+    def answer(self) -> str:
+        """The assistant's text."""
+        sums = [total % 10 for total in itertools.accumulate(self.digits)]
+        reads = [f"{self.items[i].text}{d}={s}" for i, d, s in zip(self.asked, self.digits, sums, strict=True)]
+        return " ".join([*reads, f"#{sums[-1]}"])
 
     @property
     def messages(self) -> list[dict[str, Any]]:
         """The chat: one user turn and one assistant turn."""
         return [*self.question, {"role": "assistant", "content": self.answer}]
-
-    @property
-    def question(self) -> list[dict[str, Any]]:
-        """The chat without its answer."""
-        return [{"role": "user", "content": "\n".join(self.items[i].text.split()[0] for i in self.asked)}]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +65,7 @@ class FactDataset(Sequence[Fact]):
     Attributes:
       split: "train" (1,397 digits, lightly augmented) or "test" (the other 400, as they are).
       seed: selects the rows, never the split.
-      items: numbers of items to draw from, each 1 to 32; drawn once per `group` consecutive indices, so that with
+      items: numbers of items to draw from, each 1 to 16; drawn once per `group` consecutive indices, so that with
         `group` equal to the batch size the rows of a batch have one shape.
       asked: numbers of items that a question names to draw from, likewise; all where there are fewer.
       size: number of rows.
@@ -83,8 +89,8 @@ class FactDataset(Sequence[Fact]):
             object.__setattr__(self, name, (value,) if isinstance(value, int) else tuple(value))
         if self.split not in _SPLITS:
             raise ValueError(f"FactDataset: split is {self.split!r}; use one of {sorted(_SPLITS)}")
-        if not self.items or min(self.items) < 1 or max(self.items) > len(WORDS) // 2:
-            raise ValueError(f"FactDataset: items is {self.items}; give numbers of 1 to {len(WORDS) // 2}")
+        if not self.items or min(self.items) < 1 or max(self.items) > len(CELLS):
+            raise ValueError(f"FactDataset: items is {self.items}; give numbers of 1 to {len(CELLS)}")
         if self.size < 1 or self.group < 1 or not self.asked or min(self.asked) < 1 or self.seed < 0:
             raise ValueError("FactDataset: size, asked and group must be at least 1, and seed at least 0")
 
@@ -107,13 +113,9 @@ class FactDataset(Sequence[Fact]):
 def _fact(rng: np.random.Generator, split: str, count: int, asked: int, name: str) -> Fact:
     """A random row with `count` items."""
     pictures, labels = load_split(split)
-    chosen = rng.integers(len(labels), size=count)
-    words = rng.choice(len(WORDS), size=2 * count, replace=False)
-    wanted = tuple(rng.permutation(count)[:asked].tolist())
+    chosen, cells = rng.integers(len(labels), size=count), rng.permutation(len(CELLS))[:count]
     digits = augment(rng, pictures[chosen]) if split == "train" else pictures[chosen]
     shown = np.repeat(stretched(digits, CELL_PIXELS)[..., None], 3, axis=-1)
-    items = tuple(
-        Item(f"{name}-{i}", f"{WORDS[words[2 * i]]} {WORDS[words[2 * i + 1]]}", (shown[i],)) for i in range(count)
-    )
-    lines = [f"{items[i].text}{labels[chosen[i]]}" for i in wanted]
-    return Fact(items, wanted, "\n".join(lines))
+    items = tuple(Item(f"{name}-{i}", CELLS[cell], (shown[i],)) for i, cell in enumerate(cells))
+    wanted = tuple(rng.permutation(count)[:asked].tolist())
+    return Fact(items, wanted, tuple(int(labels[chosen[i]]) for i in wanted))

@@ -17,10 +17,10 @@ from jaxmem.errors import CheckpointError, ConfigError
 def test_scores():
     rows = [FactDataset(items=(2,))[i] for i in range(4)]
     right = [row.answer for row in rows]
-    digit = str((int(right[1][-1]) + 1) % 10)
-    said = [right[0], right[1][:-1] + digit, "no" + right[2][-1], ""]
-    assert digit_facts.score(said, rows) == {"exact": 0.25, "digit": 0.5, "word": 0.5}
-    assert digit_facts.score(right, rows) == {"exact": 1.0, "digit": 1.0, "word": 1.0}
+    digit = (rows[1].digits[0] + 1) % 10
+    said = [right[0], f"{right[1][0]}{digit}={digit} #{digit}", right[2] + "1", ""]
+    assert digit_facts.score(said, rows) == {"exact": 0.25, "read": 0.5}
+    assert digit_facts.score(right, rows) == {"exact": 1.0, "read": 1.0}
 
 
 def test_every_condition_reaches_the_model(tmp_path, monkeypatch, capsys):
@@ -38,16 +38,15 @@ def test_every_condition_reaches_the_model(tmp_path, monkeypatch, capsys):
     settings.before(model, tmp_path)
     settings.after(model, tmp_path, {})
     assert len(seen) == 2 * len(digit_facts.CONDITIONS)
-    for start, count in ((0, 1), (5, 3)):
-        off, memory, shuffled, zero, prompt = seen[start : start + 5]
+    for start, count in ((0, 1), (4, 3)):
+        off, memory, shuffled, zero = seen[start : start + 4]
         rows = [FactDataset("test", 5, (count,), size=4)[i] for i in range(4)]
         vectors = model.encode_items([item for row in rows for item in row.items], batch=4).reshape(4, count, 2, -1)
         np.testing.assert_allclose(np.stack(memory[1]), vectors, atol=1e-5)
         np.testing.assert_allclose(np.stack(shuffled[1]), np.roll(vectors, 1, axis=0), atol=1e-5)
-        assert off[1] is None and prompt[1] is None and not np.any(np.stack(zero[1]))
+        assert off[1] is None and not np.any(np.stack(zero[1]))
         assert off[0] == memory[0] == [row.question for row in rows]
-        assert [sum(part["type"] == "image" for part in chat[0]["content"]) for chat in prompt[0]] == [count] * 4
-    assert "at chance (1 of 640): yes" in capsys.readouterr().out
+    assert "luck): yes" in capsys.readouterr().out
     assert set(json.loads((tmp_path / digit_facts.KEPT).read_text())) == {
         f"{count}/{condition}" for count in (1, 3) for condition in digit_facts.CONDITIONS
     }
