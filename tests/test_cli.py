@@ -9,8 +9,9 @@ import types
 
 import pytest
 
-from jaxmem import assets, cli, doctor
+from jaxmem import assets, cli, doctor, verbs
 from jaxmem.errors import CheckpointError
+from jaxmem.verbs import Flag
 
 
 @pytest.fixture
@@ -20,8 +21,8 @@ def spy(monkeypatch, tmp_path):
     module = types.ModuleType("spy_verb")
     module.main = lambda **arguments: calls.append(arguments)
     monkeypatch.setitem(sys.modules, "spy_verb", module)
-    kinds = (cli.Flag("size", "int", 3, "a number"), cli.Flag("image", "texts", [], "a file"), cli._JSON)
-    verb = cli.Verb("spy_verb:main", "records", kinds, config="optional", argument="NAME", example="jaxmem spy x")
+    kinds = (Flag("size", "int", 3, "a number"), Flag("image", "texts", [], "a file"), verbs._JSON)
+    verb = verbs.Verb("spy_verb:main", "records", kinds, config="optional", argument="NAME", example="jaxmem spy x")
     monkeypatch.setattr(cli, "VERBS", {**cli.VERBS, "spy": verb})
     path = tmp_path / "recipe.py"
     path.write_text(
