@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
                 "clip_norm": 1.0,
             },
             "loop": {
-                "steps": 600,
+                "steps": 450,
                 "batch_size": 32,
                 "accumulate": 1,
                 "p_block": 0.0,
@@ -74,8 +74,8 @@ def get_config() -> ConfigDict:
             "stages": {
                 "1_backbone": {
                     "trainable": ("base", "memory"),
-                    "optimizer": {"learning_rate": 1e-3},
-                    "loop": {"steps": 300},
+                    "optimizer": {"learning_rate": 2e-3},
+                    "loop": {"steps": 400},
                 },
                 "2_memory": {
                     "memory_folder": None,  # a fresh one

@@ -98,13 +98,18 @@ def _override(config: ConfigDict, word: str, spec: str) -> None:
     valid = keys(config)
     if key not in valid:
         raise ConfigError(f"{spec}: unknown key 'config.{key}'{suggestion(key, valid, 'config.')}")
-    now = functools.reduce(lambda section, part: section[part], key.split("."), config)
+    *path, last = key.split(".")
+    section = functools.reduce(lambda section, part: section[part], path, config)
+    now = section[last]
     if isinstance(now, ConfigDict) and len(now):
         raise ConfigError(f"{spec}: 'config.{key}' is a section; set one of its keys: {', '.join(now)}")
     values = flags.FlagValues()
+    short = word.replace(
+        f"{head}.{key}", f"{head}.{last}", 1
+    )  # ml_collections reads no path like stages.1_warm_up.loop
     try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=[word])
-        values(["jaxmem", word])
+        config_flags.DEFINE_config_dict("config", section, flag_values=values, sys_argv=[short])
+        values(["jaxmem", short])
     except (flags.Error, TypeError, ValueError) as error:
         raise ConfigError(f"{spec}: {word}: 'config.{key}' takes {type(now).__name__} (it is {now!r})") from error
 

@@ -198,3 +198,18 @@ def test_build_refuses(values, message):
 def test_missing_key_at_the_top():
     with pytest.raises(ConfigError, match="missing key 'config.steps': Run needs a int"):
         config.build(Run, {"optimizer": {"rate": 1.0}}, "config")
+
+
+def test_keys_below_a_section_that_starts_with_a_digit(tmp_path):
+    """Stages are named by their order."""
+    file = tmp_path / "staged.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\n"
+        "STAGE = {'loop': {'steps': 4}, 'on': True, 'k': (1, 2)}\n"
+        "def get_config(): return ConfigDict({'stages': {'1_first': STAGE}})\n"
+    )
+    words = ["--config.stages.1_first.loop.steps=7", "--noconfig.stages.1_first.on", "--config.stages.1_first.k=(3,)"]
+    stage = config.load(str(file), words).stages["1_first"]
+    assert (stage.loop.steps, stage.on, stage.k) == (7, False, (3,))
+    with pytest.raises(ConfigError, match="'config.stages.1_first.loop.steps' takes int"):
+        config.load(str(file), ["--config.stages.1_first.loop.steps=many"])
