@@ -74,8 +74,8 @@ def get_config() -> ConfigDict:
             "stages": {
                 "1_backbone": {
                     "trainable": ("base", "memory"),
-                    "optimizer": {"learning_rate": 2e-3},
-                    "loop": {"steps": 400},
+                    "optimizer": {"learning_rate": 1e-3},
+                    "loop": {"steps": 600},
                 },
                 "2_memory": {
                     "memory_folder": None,  # a fresh one
