@@ -9,7 +9,8 @@ import pytest
 
 from jaxmem import cli
 from jaxmem.backbones import qwen3_vl
-from jaxmem.bench import compiling, decoding, invocations, loading, models, rollouts, run
+from jaxmem.bench import compiling, decoding, invocations, knowledge, loading, models, rollouts, run
+from jaxmem.memory.q_former import QFormerConfig
 from jaxmem.sampling.invoking import InvokeConfig
 
 
@@ -60,6 +61,16 @@ def test_vismem_measures_all_four(
     assert idle["ratio"] == pytest.approx(idle["peer"] / idle["ours"] - 1)
     assert "10 visual states" in later["name"] and float(later["name"].split()[-1].rstrip(")")) < 1e-4
     assert later["ratio"] == pytest.approx(later["peer"] / later["ours"]) and "rows_at_once 2" in together["name"]
+
+
+def test_comem_compares_equal_q_formers_and_the_same_questions(config: object) -> None:
+    """`hoisting` itself asserts that both sides say the same."""
+    hoisted = knowledge.hoisting(QFormerConfig(16, 16, heads=2, head_dim=8), runs=1, items=2, length=5)
+    assert hoisted.ratio == hoisted.ours / hoisted.peer > 0
+    few, more = knowledge.questions(config, (1, 3), new=2, runs=1)
+    # the question has 4 + 2 + 64 + 44 tokens; an item 194 of them in the prompt (the first 4 of the question), or 8
+    assert few.name == "1 items, 122 against 308 tokens" and more.name == "3 items, 138 against 696 tokens"
+    assert {len(rates) for rates in few.runs.values()} == {1}
 
 
 @pytest.mark.slow  # compiles four gradient steps
