@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
                 "clip_norm": 1.0,
             },
             "loop": {
-                "steps": 450,
+                "steps": 1000,
                 "batch_size": 32,
                 "accumulate": 1,
                 "p_block": 0.0,
@@ -75,7 +75,7 @@ def get_config() -> ConfigDict:
                 "1_backbone": {
                     "trainable": ("base", "memory"),
                     "optimizer": {"learning_rate": 1e-3},
-                    "loop": {"steps": 600},
+                    "loop": {"steps": 1500},
                 },
                 "2_memory": {
                     "memory_folder": None,  # a fresh one
