@@ -100,15 +100,7 @@ class ItemFile(JsonlRecords):
 
     def __getitem__(self, index: int) -> Item:  # pyrefly: ignore[bad-override]
         """Item `index`; DataError with file and line when it is not an item."""
-        start, size = self._starts[index]
-        with open(self.path, "rb") as file:
-            file.seek(start)
-            line = file.read(size)
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{self.name(index)}: not JSON: {error}") from error
-        return _item(record, self.name(index), self.path.parent)
+        return _item(self.line(index), self.name(index), self.path.parent)
 
     def find(self, ids: Sequence[str]) -> list[Item]:
         """The items of these ids, in their order; DataError that names those the file does not have."""

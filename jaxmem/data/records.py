@@ -64,16 +64,20 @@ class JsonlRecords(Sequence[dict[str, Any]]):
         """file:line of a record."""
         return f"{self.path}:{self._lines[index]}"
 
-    def __getitem__(self, index: int) -> dict[str, Any]:  # pyrefly: ignore[bad-override]
-        """Record `index`; DataError with file and line when it is not a chat."""
+    def line(self, index: int) -> Any:
+        """What line `index` holds; DataError with file and line when it is not JSON."""
         start, size = self._starts[index]
         with open(self.path, "rb") as file:
             file.seek(start)
             line = file.read(size)
         try:
-            record = json.loads(line)
+            return json.loads(line)
         except ValueError as error:
             raise DataError(f"{self.name(index)}: not JSON: {error}") from error
+
+    def __getitem__(self, index: int) -> dict[str, Any]:  # pyrefly: ignore[bad-override]
+        """Record `index`; DataError with file and line when it is not a chat."""
+        record = self.line(index)
         record = _as_chat(record, index, self.name(index))
         if isinstance(record.get("items"), list):
             record = record | {"items": [_located_item(item, self.path.parent) for item in record["items"]]}

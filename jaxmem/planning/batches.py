@@ -11,21 +11,27 @@ import jax.numpy as jnp
 from jaxmem.backbones.batch import Batch
 from jaxmem.backbones.config import VisionConfig
 from jaxmem.data.batching import Buckets
+from jaxmem.training.settings import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Lengths:
-    """Lengths of one row.
+class Shape:
+    """Lengths of the rows of a batch.
 
     Attributes:
-      tokens: T.
-      patches: P.
-      items: knowledge items that are encoded with it, the longest that buckets allow: their number and lengths.
+      tokens: T of a row (of a prompt, in GRPO).
+      patches: P of a row.
+      items: knowledge items that are encoded with a row: their number, T and P.
     """
 
     tokens: int
     patches: int
     items: tuple[int, int, int] = (0, 0, 0)
+
+    @classmethod
+    def longest(cls, config: TrainConfig) -> Shape:
+        """The longest buckets of the training data."""
+        return cls(config.data.buckets.tokens[-1], config.data.buckets.patches[-1])
 
 
 def item_lengths(buckets: Buckets) -> tuple[int, int, int]:
@@ -33,17 +39,17 @@ def item_lengths(buckets: Buckets) -> tuple[int, int, int]:
     return buckets.items[-1], buckets.item_tokens[-1], buckets.item_patches[-1]
 
 
-def abstract(leading: tuple[int, ...], lengths: Lengths, vision: VisionConfig) -> Batch:
+def abstract(leading: tuple[int, ...], shape: Shape, vision: VisionConfig) -> Batch:
     """A batch of ShapeDtypeStructs [*leading, ...], rows last of the leading axes."""
-    t, p = lengths.tokens, lengths.patches
+    t, p = shape.tokens, shape.patches
     ints: dict[str, Any] = {"tokens": (t,), "positions": (3, t), "segments": (t,), "visual_rows": (t,)}
     ints |= {"patch_segments": (p,), "patch_coords": (p, 2), "patch_table": (p, 4)}
     ints |= {"patch_windows": (p,)} if vision.window else {}
     floats = {"loss_mask": (t,), "patches": (p, vision.patch_dim), "patch_weights": (p, 4)}
-    count, item_tokens, item_patches = lengths.items
+    count, item_tokens, item_patches = shape.items
     ints |= {"prefix_rows": (t,)} if count else {}
     fields: dict[str, Any] = {name: jax.ShapeDtypeStruct((*leading, *size), jnp.int32) for name, size in ints.items()}
     fields |= {name: jax.ShapeDtypeStruct((*leading, *size), jnp.float32) for name, size in floats.items()}
     if count:
-        fields["items"] = abstract((*leading, count), Lengths(item_tokens, item_patches), vision)
+        fields["items"] = abstract((*leading, count), Shape(item_tokens, item_patches), vision)
     return Batch(blind=jax.ShapeDtypeStruct(leading, jnp.bool_), **fields)

@@ -30,7 +30,7 @@ from jaxmem.memory.registry import memory as memory_module
 from jaxmem.memory.vismem import TYPES
 from jaxmem.model import Spec, init_memory
 from jaxmem.planning import needed
-from jaxmem.planning.batches import Lengths, abstract, item_lengths
+from jaxmem.planning.batches import Shape, abstract, item_lengths
 from jaxmem.sampling import generate, insertion
 from jaxmem.sampling.logits import SamplerConfig
 from jaxmem.sampling.splicing import Spliced, text_room
@@ -39,24 +39,6 @@ from jaxmem.training.descent import TrainState
 from jaxmem.training.grpo import Samples
 from jaxmem.training.settings import TrainConfig
 from jaxmem.training.vismem_stages import Stage
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Lengths of the batch that is planned; the default is the longest that the configuration allows.
-
-    Attributes:
-      tokens: T of a row (of a prompt, in GRPO).
-      patches: P of a row.
-    """
-
-    tokens: int
-    patches: int
-
-    @classmethod
-    def longest(cls, config: TrainConfig) -> Shape:
-        """The longest buckets of the training data."""
-        return cls(config.data.buckets.tokens[-1], config.data.buckets.patches[-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,8 +171,7 @@ class _Run:
 
     def batch(self, *leading: int) -> Batch:
         """A batch of shapes [*leading, ...], rows last."""
-        lengths = Lengths(self.shape.tokens, self.shape.patches, self.items)
-        shapes = abstract(leading, lengths, self.spec.backbone.vision)
+        shapes = abstract(leading, dataclasses.replace(self.shape, items=self.items), self.spec.backbone.vision)
         return self.rows(shapes, len(leading) - 1)
 
     @property

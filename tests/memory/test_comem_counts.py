@@ -12,7 +12,7 @@ from jaxmem.backbones.registry import backbone
 from jaxmem.errors import ConfigError
 from jaxmem.memory import comem, item_encoder
 from jaxmem.model import Spec, hidden_states
-from jaxmem.planning.batches import Lengths, abstract
+from jaxmem.planning.batches import Shape, abstract
 from jaxmem.training import trees
 from jaxmem.training.optimizer import OptimizerConfig, transformation
 
@@ -117,7 +117,7 @@ def test_check_40_parameters_lie_in_memory_once():
     config = comem.create(small, heads=4, dropout=0.0)
     own = jax.eval_shape(lambda: comem.init(jax.random.key(0), config))
     base = backbone(small.model_type).shapes(small)
-    batch = abstract((1,), Lengths(32, 16, (2, 16, 16)), small.vision)
+    batch = abstract((1,), Shape(32, 16, (2, 16, 16)), small.vision)
     spec = Spec(small, (config,))
     compiled = jax.jit(hidden_states, static_argnums=0).lower(spec, base, {"comem": own}, batch).compile()
     used = compiled.memory_analysis()
