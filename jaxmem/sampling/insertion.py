@@ -26,7 +26,7 @@ from jaxmem.backbones.batch import Array
 from jaxmem.backbones.decoder import KeysValues, Stream
 from jaxmem.backbones.layers import Look, attend_branches
 from jaxmem.backbones.registry import backbone
-from jaxmem.distributed.mesh import ROWS, constrain, ways
+from jaxmem.distributed.mesh import constrain
 from jaxmem.errors import ConfigError
 from jaxmem.memory import former
 from jaxmem.memory.former import Seen
@@ -35,6 +35,7 @@ from jaxmem.memory.vismem import VisMemConfig, embed
 from jaxmem.model import Spec, final_norm, memory_ports
 from jaxmem.sampling.cache import Cache, Tail
 from jaxmem.sampling.invoking import InvokeConfig, fitting
+from jaxmem.sampling.picking import Pick, pick_rows, put_at
 from jaxmem.sampling.slots import Slot
 
 TEXT_SIZES = (16, 64, 256)
@@ -228,7 +229,7 @@ class _Chunk:
     keys: Array | None
 
     def __call__(self, turn: Turn) -> Turn:
-        config, pick = _config(self.spec), _pick(turn.pending, self.invoke.rows_at_once)
+        config, pick = _config(self.spec), pick_rows(turn.pending, self.invoke.rows_at_once)
         kind = pick.take(self.made)
         state = self._filled(turn.state, pick, kind)
         vectors = self._vectors(state, pick, kind)
@@ -238,7 +239,7 @@ class _Chunk:
         sizes = jnp.asarray(config.sizes)[kind]
         end = jnp.take_along_axis(hidden, sizes[:, None, None], axis=1)[:, 0]
         tokens, kinds, count = self._written(turn, pick, kind, sizes)
-        memories = _put_at(pick.take(state.memories), vectors, pick.take(state.invoked) - 1)
+        memories = put_at(pick.take(state.memories), vectors, pick.take(state.invoked) - 1)
         column = self.step % state.ring.shape[2]
         ring = jax.lax.dynamic_update_slice_in_dim(
             pick.take(state.ring), end[:, None].astype(state.ring.dtype), column, axis=1
@@ -260,7 +261,7 @@ class _Chunk:
             state=state,
         )
 
-    def _filled(self, state: Insertions, pick: _Pick, kind: Array) -> Insertions:
+    def _filled(self, state: Insertions, pick: Pick, kind: Array) -> Insertions:
         """The state with the visual prefix of all picked rows, computed where it is not there yet."""
         if state.past is None or state.visual is None:
             return state
@@ -282,7 +283,7 @@ class _Chunk:
 
         return jax.lax.while_loop(missing, fill, state)
 
-    def _vectors(self, state: Insertions, pick: _Pick, kind: Array) -> Array:
+    def _vectors(self, state: Insertions, pick: Pick, kind: Array) -> Array:
         """[W, N, D] memories of the picked rows, or what a control puts in their place."""
         config, content = _config(self.spec), self.invoke.content
         if content == "zero":
@@ -297,7 +298,7 @@ class _Chunk:
         noise = jax.vmap(lambda one: jax.random.normal(one, made.shape[1:]))(keys)
         return (noise * size).astype(made.dtype)
 
-    def _formed(self, state: Insertions, pick: _Pick, kind: Array) -> Array:
+    def _formed(self, state: Insertions, pick: Pick, kind: Array) -> Array:
         config, spec = _config(self.spec), self.spec
         visual = jax.tree.map(lambda leaf: leaf[pick.prompts], state.visual)
         past = None
@@ -335,7 +336,7 @@ class _Chunk:
         return jnp.where((place == sizes)[..., None], end[:, None], padded), place <= sizes
 
     def _read(
-        self, turn: Turn, pick: _Pick, x: Array, valid: Array, offset: Array
+        self, turn: Turn, pick: Pick, x: Array, valid: Array, offset: Array
     ) -> tuple[Array, tuple[KeysValues, ...], Array]:
         """The policy reads a block behind what each row has seen: states [W, N + 1, D], tails and segments."""
         spec, cache = self.spec, self.cache
@@ -358,7 +359,7 @@ class _Chunk:
 
             def write_and_look(query: Array, key: Array, value: Array) -> tuple[Array, KeysValues]:
                 kept = tuple(
-                    _put_at(leaf, jnp.swapaxes(part, 1, 2).astype(leaf.dtype), offset, axis=1)
+                    put_at(leaf, jnp.swapaxes(part, 1, 2).astype(leaf.dtype), offset, axis=1)
                     for leaf, part in zip(mine, (key, value), strict=True)
                 )
                 branch = tuple(leaf[:, None] for leaf in kept)
@@ -379,10 +380,10 @@ class _Chunk:
             place="token",
         )
         tails = jax.tree.map(pick.put, turn.layers, kept)
-        segments = pick.put(turn.segments, _put_at(before, stream.segments, offset))
+        segments = pick.put(turn.segments, put_at(before, stream.segments, offset))
         return final_norm(spec, self.base, out), tails, segments
 
-    def _written(self, turn: Turn, pick: _Pick, kind: Array, sizes: Array) -> tuple[Array, Array, Array]:
+    def _written(self, turn: Turn, pick: Pick, kind: Array, sizes: Array) -> tuple[Array, Array, Array]:
         """Tokens, kinds and slots in use with the new slots written down."""
         config = _config(self.spec)
         tokens, kinds, count = (pick.take(leaf) for leaf in (turn.tokens, turn.kinds, turn.count))
@@ -395,79 +396,3 @@ class _Chunk:
             pick.put(turn.kinds, kinds),
             pick.put(turn.count, count + sizes + 1),
         )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Pick:
-    """w rows of each of P parts of a batch of B * G continuations.
-
-    Attributes:
-      order: [P, w] int32 rows within their part, G for each of its prompts.
-      live: [P, w] bool; the others only fill up.
-      group: G.
-      prompts: [W] int32 prompts of the rows.
-    """
-
-    order: Array
-    live: Array
-    group: int
-    prompts: Array
-
-    def take(self, leaf: Array) -> Array:
-        """[B, G, ...] -> [W, ...]."""
-        found = jax.vmap(lambda part, prompt: part[prompt])(self._parts(leaf), self.order // self.group)
-        found, member = found.reshape(-1, *leaf.shape[1:]), (self.order % self.group).reshape(-1)
-        if ways("sequence") == 1 or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.vmap(lambda row, at: row[at])(found, member)
-        # Members lie on the devices of the sequence: a sum sends one of them, where an index would gather all.
-        here = jnp.arange(self.group) == member[:, None]
-        here = here.reshape(*here.shape, *(1,) * (found.ndim - 2))
-        return jnp.sum(jnp.where(here, found, jnp.zeros((), leaf.dtype)), axis=1, dtype=leaf.dtype)
-
-    def put(self, leaf: Array, new: Array) -> Array:
-        """[B, G, ...] with the live rows of new [W, ...] in their places."""
-        parts = self._parts(leaf)
-        new = new.reshape(*self.order.shape, *leaf.shape[2:]).astype(leaf.dtype)
-        if ways("sequence") > 1:
-            return self._written_over(parts, new).reshape(leaf.shape)
-
-        def one(part: Array, index: Array, live: Array, values: Array) -> Array:
-            prompt = jnp.where(live, index // self.group, len(part))
-            return part.at[prompt, index % self.group].set(values, mode="drop")
-
-        return jax.vmap(one)(parts, self.order, self.live, new).reshape(leaf.shape)
-
-    def _written_over(self, parts: Array, new: Array) -> Array:
-        """parts [P, B / P, G, ...] with the live rows of new [P, w, ...]. An index would gather all members on every
-        device of the sequence, so each device goes through its own."""
-        places = jnp.arange(parts.shape[1] * self.group).reshape(1, -1, self.group)
-        for nth in range(self.order.shape[1]):
-            here = (places == self.order[:, nth, None, None]) & self.live[:, nth, None, None]
-            here = here.reshape(*here.shape, *(1,) * (parts.ndim - 3))
-            parts = jnp.where(here, new[:, nth, None, None], parts)
-        return parts
-
-    def _parts(self, leaf: Array) -> Array:
-        """[B, G, ...] -> [P, B / P, G, ...]: prompts and members stay axes of their own, which a mesh cuts."""
-        return leaf.reshape(self.order.shape[0], -1, *leaf.shape[1:])
-
-
-def _pick(pending: Array, rows_at_once: int) -> _Pick:
-    """The first pending rows of every part; parts are those of the mesh, so that nothing leaves its device."""
-    prompts, group = pending.shape
-    parts = ways(*ROWS) if prompts % ways(*ROWS) == 0 else 1
-    folded = pending.reshape(parts, -1)
-    size = folded.shape[1]
-    order = jnp.argsort(~folded, axis=1, stable=True)[:, : min(rows_at_once, size)]
-    live = jnp.take_along_axis(folded, order, axis=1)
-    rows = (jnp.arange(parts)[:, None] * size + order).reshape(-1)
-    return _Pick(order, live, group, rows // group)
-
-
-def _put_at(rows: Array, new: Array, start: Array, axis: int = 0) -> Array:
-    """Puts new [W, ...] into rows [W, ...] from `start` [W] on, along an axis within a row; a new part without that
-    axis takes one place."""
-    if new.ndim < rows.ndim:
-        new = jnp.expand_dims(new, axis + 1)
-    put = lambda row, part, at: jax.lax.dynamic_update_slice_in_dim(row, part, at, axis=axis)  # noqa: E731
-    return jax.vmap(put)(rows, new.astype(rows.dtype), start)
