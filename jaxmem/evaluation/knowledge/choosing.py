@@ -6,7 +6,8 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from jaxmem.evaluation.knowledge.extraction import after_thinking, bare, boxed
+from jaxmem.data.replies import after_thinking, last_boxed
+from jaxmem.evaluation.knowledge.extraction import bare
 from jaxmem.evaluation.knowledge.languages import LANGUAGES
 
 _MARKS = re.compile(r"[*$]")
@@ -38,8 +39,8 @@ def choose(reply: str, labels: Sequence[str], choices: Sequence[str]) -> str | N
       One of `labels`, or None.
     """
     rest = unicodedata.normalize("NFKC", after_thinking(reply))
-    if (box := boxed(rest)) is not None:
-        return _said(_MARKS.sub("", bare(box)), labels, choices)
+    if (box := last_boxed(rest)) is not None:
+        return _said(_MARKS.sub("", bare(box[1])), labels, choices)
     rest = _MARKS.sub("", bare(rest))
     if named := [match[1] for match in _NAMED.finditer(rest) if match[1].strip()]:
         found = _said(named[-1], labels, choices)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from jaxmem.data.replies import after_thinking, last_boxed
 from jaxmem.evaluation.knowledge.languages import LANGUAGES
 
-_BRACES = re.compile(r"\\[\\{}]|\\boxed\s?\{|\{|\}")
 _WRAPPER = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s?\{([^{}]*)\}")
 _EMPHASIS = re.compile(r"\*\*|`")
 _MATHS = re.compile(r"\$+([^$]*)\$+")
@@ -32,33 +32,12 @@ def final_answer(reply: str) -> Extracted:
     taken away around it.
     """
     rest = after_thinking(reply)
-    if (box := boxed(rest)) is not None:
-        return Extracted(bare(box), "boxed")
+    if (box := last_boxed(rest)) is not None:
+        return Extracted(bare(box[1]), "boxed")
     labelled = [match[1] for match in _LABEL.finditer(_EMPHASIS.sub("", rest))]
     if labelled and labelled[-1].strip():
         return Extracted(bare(labelled[-1]), "label")
     return Extracted(bare(rest), "whole")
-
-
-def after_thinking(reply: str) -> str:
-    """What follows the last </think>; nothing when a <think> was never closed; all when there is neither."""
-    if "</think>" in reply:
-        return reply.rpartition("</think>")[2]
-    return "" if "<think>" in reply else reply
-
-
-def boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...} whose brace is closed."""
-    last, start, opened = None, -1, []
-    for match in _BRACES.finditer(text):
-        word = match.group()
-        if word == "}" and opened:
-            began, content, is_box = opened.pop()
-            if is_box and began > start:
-                last, start = text[content : match.start()], began
-        elif word.endswith("{") and word != r"\{":
-            opened.append((match.start(), match.end(), len(word) > 1))
-    return last
 
 
 def bare(text: str) -> str:

@@ -6,18 +6,12 @@ import collections
 import re
 import unicodedata
 
-_BRACES = re.compile(r"\\[\\{}]|\\boxed\s?\{|\{|\}")
+from jaxmem.data.replies import after_thinking, last_boxed
+
 _PHRASE = re.compile(r"(?i)\banswer[\s*]{0,8}(?:is\b|[:=])[\s*:]{0,8}([^\n]*)")
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
 _MARKUP = re.compile(r"\*\*|[`$]|(?<!\w)\*|\*(?!\w)")  # a star between words may be a product
 _WRAPPER = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s?\{([^{}]*)\}")
-
-
-def after_thinking(text: str) -> str:
-    """What follows the last </think>; nothing when a <think> was never closed; all when there is neither."""
-    if "</think>" in text:
-        return text.rpartition("</think>")[2]
-    return "" if "<think>" in text else text
 
 
 def first_answer_block(text: str) -> str | None:
@@ -46,7 +40,7 @@ def explicit_answer(text: str, phrases: bool = True) -> str | None:
 
     Of nested marks the inner one counts. A phrase (not looked for without `phrases`) ends with its sentence or line.
     """
-    marks = (_last_boxed(text), _last_block(text), _last_phrase(text) if phrases else None)
+    marks = (last_boxed(text), _last_block(text), _last_phrase(text) if phrases else None)
     found = [mark for mark in marks if mark is not None]
     return max(found)[1].strip() if found else None
 
@@ -56,20 +50,6 @@ def final_answer(text: str) -> str:
     rest = after_thinking(text)
     answer = explicit_answer(rest)
     return rest.strip() if answer is None else answer
-
-
-def _last_boxed(text: str) -> tuple[int, str] | None:
-    r"""(start, content) of the last \boxed{...} whose brace is closed."""
-    last, open_braces = None, []
-    for match in _BRACES.finditer(text):
-        word = match.group()
-        if word == "}" and open_braces:
-            start, content, boxed = open_braces.pop()
-            if boxed and (last is None or start > last[0]):
-                last = (start, text[content : match.start()])
-        elif word.endswith("{") and word != r"\{":
-            open_braces.append((match.start(), match.end(), len(word) > 1))
-    return last
 
 
 def _last_block(text: str) -> tuple[int, str] | None:
