@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    facts = {"split": "train", "seed": 11, "items": (1, 2, 3, 5, 10), "asked": (1, 2, 4), "size": 200_000, "group": 1}
+    facts = {"split": "train", "seed": 11, "items": (1, 2, 3, 5, 10), "asked": (1, 2, 4), "size": 200_000, "group": 2}
+    facts["recite"] = 0.5
     # one shape, so that one program serves all numbers of items
     buckets = {"tokens": (96,), "patches": (4,), "items": (10,), "item_tokens": (16,), "item_patches": (4,)}
     data = {"source": "facts", "items": "memory", "buckets": buckets, "threads": 1, "prefetch": 4}
@@ -26,7 +27,7 @@ def get_config() -> ConfigDict:
             "dtype": "float32",
             "memory": {
                 "name": "comem",
-                "latents": 4,
+                "latents": 2,
                 "depth": 4,
                 "heads": 4,
                 "head_dim": 32,
@@ -41,7 +42,7 @@ def get_config() -> ConfigDict:
             "memory_folder": None,
             "trainable": "memory",
             "data": {**data, "facts": facts},
-            "evaluation": {**data, "facts": {**facts, "asked": (1,), "split": "test", "size": 256}},
+            "evaluation": {**data, "facts": {**facts, "asked": (1,), "recite": 0.0, "split": "test", "size": 256}},
             "optimizer": {
                 "learning_rate": 3e-3,
                 "schedule": "cosine",

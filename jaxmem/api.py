@@ -130,7 +130,10 @@ class Model:
         if config.name in self.memory:
             raise ConfigError(f"the model already has a memory {config.name!r}; attach to a fresh model instead")
         spec = dataclasses.replace(self.spec, memories=(*self.spec.memories, config))
-        return dataclasses.replace(self, spec=spec, memory={**self.memory, **self._placed({config.name: params})})
+        memory = {**self.memory, **self._placed({config.name: params})}
+        asks = self.processor.mark_question or getattr(config, "asks", False)
+        processor = dataclasses.replace(self.processor, mark_question=asks)
+        return dataclasses.replace(self, spec=spec, memory=memory, processor=processor)
 
     def attach_lora(self, *, key: Array | None = None, **settings: Any) -> Model:
         """The model with LoRA factors beside kernels of its decoder, which start as no change.

@@ -26,9 +26,10 @@ from jaxmem.memory.comem import CoMEMConfig
 from jaxmem.memory.mlp_branch import MLPConfig
 from jaxmem.memory.pvm import PVMConfig
 from jaxmem.memory.registry import memory as memory_module
+from jaxmem.memory.vision_remember import VisionRememberConfig
 from jaxmem.memory.vismem import VisMemConfig
 
-MemoryConfig = PVMConfig | MLPConfig | VisMemConfig | CoMEMConfig
+MemoryConfig = PVMConfig | MLPConfig | VisMemConfig | CoMEMConfig | VisionRememberConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,16 @@ class Spec:
         return next((config for config in self.memories if isinstance(config, CoMEMConfig)), None)
 
     @property
+    def looking(self) -> tuple[VisionRememberConfig, ...]:
+        """The memories that look at the tower's features again while prompts are read (`prompt_ports`)."""
+        return tuple(config for config in self.memories if isinstance(config, VisionRememberConfig))
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The tower's hidden states that they look at; `Visual.levels` holds them by these numbers."""
+        return tuple(sorted({level for config in self.looking for level in config.levels}))
+
+    @property
     def vocab(self) -> int:
         """Tokens that can be sampled: the backbone's rows, or the tokenizer's and VisMem's four."""
         return self.backbone.text.vocab if self.vismem is None else self.vismem.vocab + 4
@@ -68,7 +79,7 @@ class Prompt:
       angle: [B, T, head_dim / 2] rotary angles.
       stream: places, documents and kinds of the tokens.
       states: per memory name, its per-prompt state (None where the prompt has no image).
-      own: the backbone's own ports (DeepStack): they act on prompts, never on generated tokens.
+      own: ports that act on prompts, never on generated tokens: the backbone's own (DeepStack) and Vision Remember's.
     """
 
     x: Array
@@ -104,8 +115,11 @@ def read_prompt(
       start: [B] or scalar, the place of the first token in its row's sequence (a later turn starts behind the last).
       remat, dropout: as in `hidden_states`, for the encoder of knowledge items.
     """
-    lib = backbone(spec.backbone.model_type)
-    visual, stream = lib.see(spec.backbone, _tower(spec, base, memory, batch), batch), decoder.stream_of(batch, start)
+    lib, tower = backbone(spec.backbone.model_type), _tower(spec, base, memory, batch)
+    visual = lib.see(spec.backbone, tower, batch, remat=remat not in (False, "none"), levels=spec.levels)
+    stream, own = decoder.stream_of(batch, start), lib.own_ports(visual, batch)
+    for config in spec.looking:
+        own = own + memory_module(config.name).prompt_ports(config, memory[config.name], base, visual, batch)
     rows = None if visual is None else visual.rows
     states = {
         c.name: memory_module(c.name).prepare(c, memory[c.name], rows, jnp.asarray(batch.visual_rows), stream)
@@ -116,7 +130,7 @@ def read_prompt(
     if batch.prefix_rows is not None:
         front = prefix(spec, base, memory, batch, remat=remat, dropout=dropout)
         x = jnp.where(jnp.asarray(batch.prefix_rows)[..., None] >= 0, rows_at(front, batch.prefix_rows), x)
-    return Prompt(x, lib.rotary_angles(spec.backbone, positions), stream, states, lib.own_ports(visual, batch))
+    return Prompt(x, lib.rotary_angles(spec.backbone, positions), stream, states, own)
 
 
 def prefix(

@@ -155,6 +155,23 @@ VERBS: Mapping[str, Verb] = {
         config="required",
         example="jaxmem synthesise --config=configs/comem_synthesis.py",
     ),
+    "assemble": Verb(
+        "jaxmem.checkpoints.assemble:main",
+        "join a decoder and a CLIP or SigLIP folder to a LLaVA-style backbone with a fresh projector",
+        (
+            Flag("text", "text", None, "Hugging Face folder of a Qwen2, Qwen2.5, Qwen3, Llama or Mistral decoder"),
+            Flag("vision", "text", None, "of a CLIP or SigLIP"),
+            Flag("output", "text", None, "the folder to write"),
+            Flag(
+                "projector", "text", "mlp", "mlp, avgpool, ldpv2, tokenpacker, pixel_shuffle, c_abstractor, resampler"
+            ),
+            Flag("ratio", "int", 1, "patches per token and side"),
+            Flag("aspect", "text", "anyres", "anyres (tiles), or single (one square)"),
+            Flag("seed", "int", 0, "of the projector"),
+            Flag("dtype", "text", None, "float32, bfloat16 or float16 (default: as stored)"),
+        ),
+        example="jaxmem assemble --text=Qwen2-1.5B --vision=clip-336 --projector=avgpool --ratio=2 --output=llava",
+    ),
     "plan": Verb(
         "jaxmem.planning.cli:main",
         "say what a run would need on a TPU pod or GPUs, without having them",

@@ -35,6 +35,10 @@ class Batch:
       patch_weights: [B, P, 4] float32 bilinear weights of those rows; zero for padding.
       patch_windows: [B, P] int32, 0 for padding, 1.. one number per attention window of a frame; None for a tower
         without windows.
+      visual_taps: [B, 4, T] int32 and
+      visual_weights: [B, 4, T] float32: the visual rows that a token is a weighted sum of, where a backbone scales the
+        grid down; None where each token stands for the one row of `visual_rows`.
+      question: [B, T] bool, the tokens of the first question; None unless a memory asks for them.
       prefix_rows: [B, T] int32 index among the vectors that stand in front of the row's prompt, or -1 where the token
         is none of them; None for a batch without such vectors.
       vectors: [B, S, D] these vectors, where they are known already (from a memory bank).
@@ -53,6 +57,9 @@ class Batch:
     patch_table: Array
     patch_weights: Array
     patch_windows: Array | None = None
+    visual_taps: Array | None = None
+    visual_weights: Array | None = None
+    question: Array | None = None
     prefix_rows: Array | None = None
     vectors: Array | None = None
     items: Batch | None = None
@@ -71,6 +78,14 @@ class Batch:
 def rows_at(rows: Array, index: Array) -> Array:
     """[B, M, D] at [B, T] -> [B, T, D]: the row that each token stands for (any row where the index is negative)."""
     return jnp.take_along_axis(rows, jnp.maximum(jnp.asarray(index), 0)[..., None], axis=1)
+
+
+def visual_at(rows: Array, batch: Batch) -> Array:
+    """[B, M, D] -> [B, T, D]: what each token shows (anything where it is text)."""
+    if batch.visual_taps is None:
+        return rows_at(rows, batch.visual_rows)
+    taps, weights = jnp.asarray(batch.visual_taps), jnp.asarray(batch.visual_weights).astype(rows.dtype)
+    return sum(weights[:, tap, :, None] * rows_at(rows, taps[:, tap]) for tap in range(taps.shape[1]))
 
 
 def text_batch(tokens: Array, lengths: Array | None = None, patch_dim: int = 0) -> Batch:

@@ -93,9 +93,11 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
-    """A vision-language backbone: two towers and the token ids that join them.
+    """A backbone: a decoder, a vision tower or none, and the token ids that join them.
 
     Attributes:
+      vision: `VisionConfig` in the Qwen-VL family; None for a decoder alone.
+      image_token, video_token, vision_start_token, vision_end_token: -1 where the backbone has no such token.
       timed_video: each temporal patch of a video is an image of its own behind a text that says its time (Qwen3-VL);
         else a video is one run of placeholders.
       positions_per_second: temporal positions of one second of such a run; None counts temporal patches.
@@ -103,18 +105,24 @@ class BackboneConfig:
 
     model_type: str
     text: TextConfig
-    vision: VisionConfig
-    image_token: int
-    video_token: int
-    vision_start_token: int
-    vision_end_token: int
+    vision: Any = None
+    image_token: int = -1
+    video_token: int = -1
+    vision_start_token: int = -1
+    vision_end_token: int = -1
     timed_video: bool = True
     positions_per_second: float | None = None
 
     @property
     def media_tokens(self) -> tuple[int, ...]:
         """Ids that only a prompt may hold; sampling never produces them."""
-        return (self.image_token, self.video_token, self.vision_start_token, self.vision_end_token)
+        ids = (self.image_token, self.video_token, self.vision_start_token, self.vision_end_token)
+        return tuple(id_ for id_ in ids if id_ >= 0)
+
+    @property
+    def patch_dim(self) -> int:
+        """Length of one flattened patch; 0 without a vision tower."""
+        return 0 if self.vision is None else self.vision.patch_dim
 
 
 def require(source: Mapping[str, Any], key: str, where: str) -> Any:

@@ -148,7 +148,7 @@ def resolve(layers: Sequence[int], depth: int) -> tuple[int, ...]:
 
 
 def hidden_states(
-    config: EncoderConfig, blocks: Any, x: Array, among: Among, layers: Sequence[int]
+    config: EncoderConfig, blocks: Any, x: Array, among: Among, layers: Sequence[int], *, remat: bool = False
 ) -> tuple[Array, ...]:
     """The wanted hidden states, in one scan over the blocks; blocks behind the last wanted one are not computed.
 
@@ -158,6 +158,7 @@ def hidden_states(
       x: [B, T, W].
       among: which places see each other.
       layers: see `resolve`.
+      remat: a backward pass computes each block once more, and keeps what enters it alone.
 
     Returns:
       [B, T, W] for each of `layers`, in their order.
@@ -174,6 +175,7 @@ def hidden_states(
             out: Any = Block(config).apply({"params": weights}, x, among)
             return constrain(out, "patches")
 
+        one = jax.checkpoint(one) if remat else one
         x = one(x) if last == config.depth else jax.lax.cond(index < last, one, lambda x: x, x)
         return (x, jax.lax.dynamic_update_index_in_dim(states, x, slot, 0)), None
 

@@ -6,20 +6,20 @@ embed [V, D], layers (stacked), norm, head [V, D] (absent when tied), visual (`v
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxmem.backbones import vision
-from jaxmem.backbones.batch import Array, Batch, rows_at
+from jaxmem.backbones.batch import Array, Batch, rows_at, visual_at
 from jaxmem.backbones.config import BackboneConfig, TextConfig, VisionConfig, require
 from jaxmem.backbones.decoder import DecoderLayer
 from jaxmem.backbones.layers import attend
 from jaxmem.backbones.ports import Port, Ports
 from jaxmem.backbones.rope import angles, interleaved_axes, sectioned_axes
-from jaxmem.backbones.vision import Visual
+from jaxmem.backbones.vision import Cells, Visual
 from jaxmem.errors import ConfigError
 
 _TOKENS = ("image_token", "video_token", "vision_start_token", "vision_end_token")
@@ -103,8 +103,14 @@ def common_faults(t: TextConfig, v: VisionConfig, text: Mapping[str, Any], seen:
 
 def init(key: Array, config: BackboneConfig, dtype: Any = jnp.float32) -> Any:
     """Random weights in the layout of `base`: linear maps and tables N(0, 0.02^2), biases 0, norms 1."""
-    t = config.text
-    embed_key, head_key, layer_key, vision_key = jax.random.split(key, 4)
+    *keys, vision_key = jax.random.split(key, 4)
+    base = init_decoder(keys, config.text) | {"visual": vision.init(vision_key, config.vision)}
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), base)
+
+
+def init_decoder(keys: Sequence[Array], t: TextConfig) -> dict[str, Any]:
+    """The float32 weights of `init` without a vision tower; `keys` are three."""
+    embed_key, head_key, layer_key = keys
     x, angle, mask = jnp.zeros((1, 1, t.width)), jnp.zeros((1, 1, t.head_dim // 2)), jnp.ones((1, 1, 1), bool)
     arguments = (x, angle, lambda q, k, v: (attend(q, k, v, mask), None), lambda ffn, residual, normed: (ffn, {}))
     layer = lambda k: DecoderLayer(t).init(k, *arguments)["params"]  # noqa: E731
@@ -112,11 +118,10 @@ def init(key: Array, config: BackboneConfig, dtype: Any = jnp.float32) -> Any:
         "embed": 0.02 * jax.random.normal(embed_key, (t.vocab, t.width)),
         "layers": jax.vmap(layer)(jax.random.split(layer_key, t.layers)),
         "norm": {"scale": jnp.ones(t.width)},
-        "visual": vision.init(vision_key, config.vision),
     }
     if not t.tied:
         base["head"] = 0.02 * jax.random.normal(head_key, (t.vocab, t.width))
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), base)
+    return base
 
 
 def shapes(config: BackboneConfig, dtype: Any = jnp.float32) -> Any:
@@ -124,15 +129,24 @@ def shapes(config: BackboneConfig, dtype: Any = jnp.float32) -> Any:
     return jax.eval_shape(lambda: init(jax.random.key(0), config, dtype))
 
 
-def see(config: BackboneConfig, base: Any, batch: Batch, *, remat: bool = False) -> Visual | None:
+def see(
+    config: BackboneConfig, base: Any, batch: Batch, *, remat: bool = False, levels: tuple[int, ...] = ()
+) -> Visual | None:
     """The images of every row through the vision tower (`vision.see`); None for a batch whose patch axis is empty."""
-    return vision.see(config.vision, base["visual"], batch, remat=remat) if batch.patches.shape[1] else None
+    if not batch.patches.shape[1]:
+        return None
+    return vision.see(config.vision, base["visual"], batch, remat=remat, levels=levels)
+
+
+def cells(config: BackboneConfig) -> Cells:
+    """Each visual row stands for merge^2 neighbours on the patch axis."""
+    return Cells(side=0, ratio=config.vision.merge_size)
 
 
 def embed(base: Any, batch: Batch, visual: Visual | None) -> Array:
     """[B, T, D]: token embeddings, with visual rows in the place of the placeholders."""
     x = base["embed"][jnp.asarray(batch.tokens)]
-    return x if visual is None else jnp.where(batch.is_visual[..., None], rows_at(visual.rows, batch.visual_rows), x)
+    return x if visual is None else jnp.where(batch.is_visual[..., None], visual_at(visual.rows, batch), x)
 
 
 def own_ports(visual: Visual | None, batch: Batch) -> Ports:

@@ -8,9 +8,9 @@ from typing import Any
 
 from jaxmem.backbones import qwen
 from jaxmem.backbones.config import BackboneConfig, VisionConfig, require
-from jaxmem.backbones.qwen import embed, init, own_ports, rotary_angles, see, shapes
+from jaxmem.backbones.qwen import cells, embed, init, own_ports, rotary_angles, see, shapes
 
-__all__ = ["MODEL_TYPE", "config_from_hf", "embed", "init", "own_ports", "rotary_angles", "see", "shapes"]
+__all__ = ["MODEL_TYPE", "cells", "config_from_hf", "embed", "init", "own_ports", "rotary_angles", "see", "shapes"]
 
 MODEL_TYPE = "qwen3_vl"
 

@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from jaxmem.backbones import qwen2_5_vl, qwen2_vl, qwen3_vl
+from jaxmem.backbones import causal_lm, llava, qwen2_5_vl, qwen2_vl, qwen3_vl
 from jaxmem.backbones.config import BackboneConfig
 from jaxmem.errors import ConfigError
 
-BACKBONES: dict[str, ModuleType] = {lib.MODEL_TYPE: lib for lib in (qwen2_vl, qwen2_5_vl, qwen3_vl)}
+BACKBONES: dict[str, ModuleType] = {
+    **{lib.MODEL_TYPE: lib for lib in (qwen2_vl, qwen2_5_vl, qwen3_vl)},
+    **dict.fromkeys(causal_lm.FAMILIES, causal_lm),
+    **dict.fromkeys(llava.MODEL_TYPES, llava),
+}
 
 
 def backbone(model_type: str) -> ModuleType:

@@ -5,6 +5,7 @@ Axis letters: B rows, P patches, C pixels per patch, W tower width, M = P / merg
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,12 +15,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxmem.backbones import encoder
 from jaxmem.backbones.batch import Array, Batch
 from jaxmem.backbones.config import VisionConfig
 from jaxmem.backbones.layers import Linear, RMSNorm, SwiGLU, attend, row_blocks
 from jaxmem.backbones.rope import angles, rotate
 from jaxmem.backbones.windows import attend_in_windows, by_window, reorder
 from jaxmem.distributed.mesh import constrain
+from jaxmem.errors import ConfigError
 
 
 @flax.struct.dataclass
@@ -29,10 +32,28 @@ class Visual:
     Attributes:
       rows: [B, M, D] merged visual rows, in the order of the placeholders.
       deepstack: [taps, B, M, D] features of the tapped blocks, each through its own merger.
+      levels: by their numbers, hidden states [B, P, W] of the tower that memories asked for, in the patches' order.
     """
 
     rows: Array
     deepstack: Array
+    levels: dict[int, Array] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cells:
+    """Which patches a visual row stands for.
+
+    Attributes:
+      side: patches per side of a square tile, whose cells are squares of it (`jaxmem.backbones.cells`); 0 where a row
+        stands for ratio^2 neighbours on the patch axis.
+      ratio: patches per side of a cell.
+      first: visual rows in front of the first cell.
+    """
+
+    side: int
+    ratio: int
+    first: int = 0
 
 
 Among = Callable[[Array, Array, Array], Array]
@@ -138,7 +159,9 @@ def _patch_rows(config: VisionConfig, params: Any, batch: Batch) -> Array:
     return x + jnp.einsum("bpcw,bpc->bpw", table, jnp.asarray(batch.patch_weights)).astype(dtype)
 
 
-def see(config: VisionConfig, params: Any, batch: Batch, *, remat: bool = False) -> Visual:
+def see(
+    config: VisionConfig, params: Any, batch: Batch, *, remat: bool = False, levels: tuple[int, ...] = ()
+) -> Visual:
     """Runs the tower over the patches of every row, once per prompt.
 
     Args:
@@ -146,15 +169,20 @@ def see(config: VisionConfig, params: Any, batch: Batch, *, remat: bool = False)
       params: the `visual` tree; its dtype is the compute dtype.
       batch: patches and their tables; padding patches only see each other and are read by no token.
       remat: a backward pass computes each block once more, and keeps what enters it alone.
+      levels: outputs of blocks that are wanted too, counted from 1 as transformers counts hidden states.
 
     Returns:
       Visual with M = P / merge^2 rows.
+
+    Raises:
+      ConfigError: a level that does not exist.
     """
+    tapped = (*config.taps, *(level - 1 for level in _levels(config, levels)))
     x, angle = _patch_rows(config, params, batch), _axial_angles(jnp.asarray(batch.patch_coords), config)
     frames = jnp.asarray(batch.patch_segments)
     if not config.window:
-        x, taps = _blocks(config, params["blocks"], x, angle, lambda _: _in_frames(frames), remat)
-        return _merged(config, params, x, taps)
+        x, taps = _blocks(config, params["blocks"], x, angle, lambda _: _in_frames(frames), remat, tapped)
+        return _merged(config, params, x, taps, levels)
     if batch.patch_windows is None:
         raise ValueError("the tower looks through windows and the batch has no patch_windows: encode it anew")
     order = by_window(jnp.asarray(batch.patch_windows), config.merge_unit)
@@ -167,17 +195,35 @@ def see(config: VisionConfig, params: Any, batch: Batch, *, remat: bool = False)
     def among(index: Array) -> Among:
         return lambda query, key, value: jax.lax.cond(full[index], whole, parts, query, key, value)
 
-    x, taps = _blocks(config, params["blocks"], x, angle, among, remat)
-    seen = _merged(config, params, x, taps)
+    x, taps = _blocks(config, params["blocks"], x, angle, among, remat, tapped)
+    seen = _merged(config, params, x, taps, levels)
     back = jnp.argsort(order, axis=1)
-    return Visual(reorder(seen.rows, back, 1), jax.vmap(lambda rows: reorder(rows, back, 1))(seen.deepstack))
+    deepstack = jax.vmap(lambda rows: reorder(rows, back, 1))(seen.deepstack)
+    whole_levels = {name: reorder(level, back, config.merge_unit) for name, level in seen.levels.items()}
+    return Visual(reorder(seen.rows, back, 1), deepstack, whole_levels)
+
+
+def _levels(config: VisionConfig, levels: tuple[int, ...]) -> tuple[int, ...]:
+    """Levels counted from 1. Raises ConfigError for one that does not exist."""
+    found = encoder.resolve(levels, config.depth) if levels else ()
+    if 0 in found:
+        raise ConfigError(
+            f"vision levels {list(levels)}: this tower keeps the outputs of blocks 1 to {config.depth}"
+        )
+    return found
 
 
 def _blocks(
-    config: VisionConfig, blocks: Any, x: Array, angle: Array, among: Callable[[Array], Among], remat: bool
+    config: VisionConfig,
+    blocks: Any,
+    x: Array,
+    angle: Array,
+    among: Callable[[Array], Among],
+    remat: bool,
+    wanted: tuple[int, ...],
 ) -> tuple[Array, Array]:
-    """[B, P, W] through all blocks in one scan -> the same, and [taps, B, P, W] of the tapped ones."""
-    tapped = jnp.asarray(config.taps, jnp.int32)
+    """[B, P, W] through all blocks in one scan -> the same, and [taps, B, P, W] of the wanted ones."""
+    tapped = jnp.asarray(wanted, jnp.int32)
 
     def body(carry: tuple[Array, Array], block: tuple[Array, Any]) -> tuple[tuple[Array, Array], None]:
         (x, taps), (index, weights) = carry, block
@@ -185,18 +231,19 @@ def _blocks(
         return (out, jnp.where((tapped == index)[:, None, None, None], out, taps)), None
 
     x = constrain(x, "patches")
-    carry = (x, jnp.zeros((len(config.taps), *x.shape), x.dtype))
+    carry = (x, jnp.zeros((len(wanted), *x.shape), x.dtype))
     return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, (jnp.arange(config.depth), blocks))[0]
 
 
-def _merged(config: VisionConfig, params: Any, x: Array, taps: Array) -> Visual:
-    """The tower's output and its taps through their mergers."""
+def _merged(config: VisionConfig, params: Any, x: Array, taps: Array, levels: tuple[int, ...]) -> Visual:
+    """The tower's output and its taps through their mergers; further taps are levels."""
     merge = lambda weights, tap: _Merger(config, norm_joined=True).apply({"params": weights}, tap)  # noqa: E731
     rows: Any = _Merger(config, norm_joined=False).apply({"params": params["merger"]}, x)
     none = jnp.zeros((0, *rows.shape), rows.dtype)
     return Visual(
         rows=constrain(rows, "visual"),
-        deepstack=jax.vmap(merge)(params["deepstack"], taps) if config.taps else none,
+        deepstack=jax.vmap(merge)(params["deepstack"], taps[: len(config.taps)]) if config.taps else none,
+        levels=dict(zip(levels, taps[len(config.taps) :], strict=True)),
     )
 
 

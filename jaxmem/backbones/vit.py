@@ -84,7 +84,13 @@ def init(key: Array, config: ViTConfig) -> Any:
 
 
 def forward(
-    config: ViTConfig, params: Any, images: Array, layers: Sequence[int] = (-1,), *, interpolate: bool = False
+    config: ViTConfig,
+    params: Any,
+    images: Array,
+    layers: Sequence[int] = (-1,),
+    *,
+    interpolate: bool = False,
+    remat: bool = False,
 ) -> tuple[Array, ...]:
     """Hidden states of images, before any norm behind the blocks.
 
@@ -96,6 +102,7 @@ def forward(
         there), -1 what the last block gives.
       interpolate: static; pixels of another size get positions by bicubic interpolation of the table, instead of being
         refused.
+      remat: a backward pass computes each block once more, and keeps what enters it alone.
 
     Returns:
       [B, P, W] for each of `layers`.
@@ -114,7 +121,7 @@ def forward(
         x = jnp.concatenate([first.astype(x.dtype), x], axis=1)
     x = x + positions(config, params["position_table"], grid).astype(x.dtype)
     x = normed(config, params["pre_norm"], x) if config.pre_norm else x
-    return hidden_states(config, params["blocks"], x, _everyone, layers)
+    return hidden_states(config, params["blocks"], x, _everyone, layers, remat=remat)
 
 
 def patchify(config: ViTConfig, pixels: Array) -> Array:

@@ -1,4 +1,4 @@
-"""CLIP and SigLIP: the mapping table between the official tensor names and our tree, and loading a folder by it.
+"""CLIP and SigLIP: the mapping table between the official tensor names and our tree.
 
 A folder with a vision tower alone calls its tensors `vision_model.*`, or leaves that prefix out (what releases 5 of
 transformers save of a tower without a projection); both are read.
@@ -6,24 +6,13 @@ transformers save of a tower without a projection); both are read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-import safetensors
-
-from jaxmem.backbones import clip
-from jaxmem.backbones.clip_config import ClipConfig, config_from_hf
+from jaxmem.backbones.clip_config import ClipConfig
 from jaxmem.backbones.encoder import EncoderConfig
 from jaxmem.backbones.vit import CHANNELS, ViTConfig
-from jaxmem.checkpoints import weights
-from jaxmem.checkpoints.huggingface import load_tree
 from jaxmem.checkpoints.qwen_names import Stack, linear
-from jaxmem.checkpoints.table import Reshape, Rule, Table, Transpose, View
-from jaxmem.errors import CheckpointError, ConfigError
+from jaxmem.checkpoints.table import Reshape, Rule, Table, Transpose
 
 VISION, TEXT = "vision_model.", "text_model."
-_COUNTERS = "position_ids"  # 0, 1, 2, ... as integers, in files of early releases
 _LINEAR = {f"attention/{name}": f"self_attn.{name}_proj" for name in "qkv"}
 _LINEAR |= {"attention/o": "self_attn.out_proj", "mlp/fc1": "mlp.fc1", "mlp/fc2": "mlp.fc2"}
 _NORMS = {"norm1": "layer_norm1", "norm2": "layer_norm2"}
@@ -98,44 +87,3 @@ def _pooling(config: ClipConfig, prefix: str) -> Table:
         *_norm("pool/head/norm", f"{head}.layernorm"),
     ]
     return (*rules, *(rule for fc in ("fc1", "fc2") for rule in linear(f"pool/head/mlp/{fc}", f"{head}.mlp.{fc}", ())))
-
-
-def load(folder: str | Path, *, dtype: Any = None, sharding: Any = None) -> tuple[ClipConfig, Any]:
-    """A CLIP or SigLIP from a Hugging Face folder: both towers, or a vision tower alone.
-
-    Args:
-      folder: with config.json and safetensors; of OpenAI's folders some hold pickled weights alone, which are refused.
-      dtype: of the leaves, and so of the computation; None keeps what is stored.
-      sharding: as in `huggingface.load_backbone`.
-
-    Returns:
-      The configuration, and the tree of `clip.init`.
-
-    Raises:
-      CheckpointError: no such folder, no weights, or missing, unexpected and wrongly shaped tensors in one message.
-      ConfigError: another model type, or a setting that is not computed.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
-    try:
-        config = config_from_hf(weights.read_json(folder / "config.json"))
-    except ConfigError as error:
-        raise ConfigError(f"{folder}: {error}") from None
-    tensors = _open(folder)
-    bare = config.text is None and not any(name.startswith(VISION) for name in tensors)
-    rules = table(config, "" if bare else VISION)
-    return config, load_tree(folder, tensors, rules, clip.shapes(config), dtype=dtype, sharding=sharding)
-
-
-def _open(folder: Path) -> Mapping[str, View]:
-    """`open_weights` without the counters of early releases, whose integers it refuses."""
-    try:
-        file = safetensors.safe_open(folder / weights.SINGLE, framework="numpy")
-        parts = {name: file.get_slice(name) for name in file.keys()}
-    except (safetensors.SafetensorError, OSError):
-        return weights.open_weights(folder)  # which says what is wrong, or opens shards
-    kinds = {name: part.get_dtype() for name, part in parts.items() if not name.endswith(_COUNTERS)}
-    if len(kinds) == len(parts) or not set(kinds.values()) <= set(weights.DTYPES):
-        return weights.open_weights(folder)
-    return {name: weights._file_view(file, name, parts[name], kind) for name, kind in kinds.items()}

@@ -14,6 +14,8 @@ import numpy as np
 from jaxmem.backbones import registry
 from jaxmem.backbones.config import BackboneConfig
 from jaxmem.checkpoints import (
+    causal_names,
+    llava_names,
     mlp_names,
     own_names,
     pvm_names,
@@ -38,7 +40,11 @@ from jaxmem.checkpoints.weights import (
 )
 from jaxmem.errors import CheckpointError, ConfigError
 
-BACKBONE_TABLES = {names.MODEL_TYPE: names for names in (qwen2_vl_names, qwen2_5_vl_names, qwen3_vl_names)}
+BACKBONE_TABLES: dict[str, Any] = {
+    **{names.MODEL_TYPE: names for names in (qwen2_vl_names, qwen2_5_vl_names, qwen3_vl_names)},
+    **dict.fromkeys(causal_names.MODEL_TYPES, causal_names),
+    **dict.fromkeys(llava_names.MODEL_TYPES, llava_names),
+}
 """Modules with `table` and `repeated` for each of their `LAYOUTS` of names; the first is written."""
 MEMORY_TABLES: dict[str, Callable[[Any], Table]] = {
     **{names.NAME: names.table for names in (pvm_names, mlp_names)},
@@ -99,8 +105,8 @@ def load_backbone(
     names = _known(config.model_type, BACKBONE_TABLES, "model_type")
     shapes = registry.backbone(config.model_type).shapes(config) if shapes is None else shapes
     tensors = open_weights(folder)
-    if ignore:
-        tensors = {name: tensor for name, tensor in tensors.items() if not re.search(ignore, name)}
+    for pattern in filter(None, (ignore, getattr(names, "IGNORED", None))):
+        tensors = {name: tensor for name, tensor in tensors.items() if not re.search(pattern, name)}
     layout = _layout(folder, tensors, names, config, shapes)
     for name, original in names.repeated(config, layout).items():
         if name in tensors:
@@ -111,12 +117,17 @@ def load_backbone(
 def _layout(folder: Any, tensors: Mapping[str, View], names: Any, config: BackboneConfig, shapes: Any) -> Any:
     """By which of the family's layouts a folder names its tensors: the first when it holds none of theirs."""
     wanted = {layout: expected(names.table(config, layout), shapes).keys() for layout in names.LAYOUTS}
+    best = max(wanted, key=lambda layout: sum(name in wanted[layout] for name in tensors))
     shared = set.intersection(*map(set, wanted.values()))
-    held = {layout: [name for name in tensors if name in known - shared] for layout, known in wanted.items()}
-    if len(found := [layout for layout in wanted if held[layout]]) > 1:
-        groups = {f"tensors named as {layout.text}.* and {layout.visual}.*": held[layout] for layout in found}
+    left, groups = {name for name in tensors if name not in shared}, {}
+    for layout in (best, *wanted):
+        title = f"tensors named as {layout.text}.* and {layout.visual}.*"
+        found = [name for name in tensors if name in left & wanted[layout]]
+        left -= set(found)
+        groups |= {title: found} if found else {}
+    if len(groups) > 1:
         report(folder, groups, "A folder names all of its tensors by one layout; was it merged from two?")
-    return found[0] if found else names.LAYOUTS[0]
+    return best
 
 
 def _check_repeated(folder: Any, tensor: View, original: View | None, name: str, source: str) -> None:

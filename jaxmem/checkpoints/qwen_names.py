@@ -15,10 +15,11 @@ Stack = tuple[tuple[str, tuple[int, ...]], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """In front of the names of the decoder and of the vision tower. The head is always `lm_head`."""
+    """In front of the names of the decoder and of the vision tower, and the whole name of the head."""
 
     text: str
     visual: str
+    head: str = "lm_head.weight"
 
 
 NESTED = Layout("model.language_model", "model.visual")
@@ -36,7 +37,7 @@ _BIASES = [(f"attention/{x}/bias", f"self_attn.{x}_proj.bias") for x in "qkv"]
 
 def repeated(config: BackboneConfig, layout: Layout) -> dict[str, str]:
     """Tensors that a folder may hold a second time, and the names they must equal: the head of a tied model."""
-    return {"lm_head.weight": f"{layout.text}.embed_tokens.weight"} if config.text.tied else {}
+    return {layout.head: f"{layout.text}.embed_tokens.weight"} if config.text.tied else {}
 
 
 def decoder(config: TextConfig, layout: Layout) -> list[Rule]:
@@ -44,7 +45,7 @@ def decoder(config: TextConfig, layout: Layout) -> list[Rule]:
     text, layers = layout.text, (("i", tuple(range(config.layers))),)
     plain = _NORMS + (_QK_NORMS if config.qk_norm else []) + (_BIASES if config.qkv_bias else [])
     rules = [Rule("embed", f"{text}.embed_tokens.weight"), Rule("norm/scale", f"{text}.norm.weight")]
-    rules += [] if config.tied else [Rule("head", "lm_head.weight")]
+    rules += [] if config.tied else [Rule("head", layout.head)]
     rules += [
         Rule(f"layers/{ours}", f"{text}.layers.{{i}}.{theirs}", (Transpose(),), layers) for ours, theirs in _KERNELS
     ]

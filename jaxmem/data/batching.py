@@ -19,7 +19,11 @@ _PER_TOKEN = {
     "loss_mask": 0,
     "visual_rows": -1,
     "prefix_rows": -1,
+    "visual_taps": 0,
+    "visual_weights": 0,
+    "question": 0,
 }  # field: value of its padding
+_OPTIONAL = ("prefix_rows", "visual_taps", "visual_weights", "question")
 _PER_PATCH = ("patches", "patch_segments", "patch_coords", "patch_table", "patch_weights", "patch_windows")
 
 
@@ -29,7 +33,8 @@ class Buckets:
 
     Attributes:
       tokens: allowed T, ascending.
-      patches: allowed P per row, ascending; a batch without patches has P = 0 and needs no bucket.
+      patches: allowed P per row, ascending, each rounded up to whole visual tokens or tiles of the backbone; a batch
+        without patches has P = 0 and needs no bucket.
       items: allowed numbers of knowledge items per row, ascending.
       item_tokens, item_patches: allowed lengths of an item; empty is those of a row.
     """
@@ -105,14 +110,29 @@ def collate(
     fields: dict[str, Any] = {
         name: _stack([getattr(row, name) for row in examples], starts, width, fill[name])
         for name in fill
-        if name != "prefix_rows"
+        if name not in _OPTIONAL
     }
+    for name in ("visual_taps", "visual_weights", "question"):
+        if any(getattr(row, name) is not None for row in examples):
+            fields[name] = _stack([_or_plain(row, name) for row in examples], starts, width, fill[name])
     for name in _PER_PATCH:
         if getattr(examples[0], name) is not None:
             fields[name] = _stack_patches([getattr(row, name) for row in examples], patches)
     segments = _stack([np.ones(len(row), np.int32) for row in examples], starts, width, 0)
     fields |= _prefixes(examples, buckets, pad_token, starts, width)
     return Batch(segments=segments, blind=_blind(blind, len(examples)), **fields)
+
+
+def _or_plain(row: Example, name: str) -> np.ndarray:
+    """A field that other rows have, for a row that needs none: each token shows its one visual row."""
+    if (value := getattr(row, name)) is not None:
+        return value
+    if name == "question":
+        raise DataError("some rows mark their question and some do not: encode them with one processor")
+    shape = (4, len(row))
+    if name == "visual_weights":
+        return np.broadcast_to(np.eye(4, 1, dtype=np.float32), shape)
+    return np.broadcast_to(np.maximum(row.visual_rows, 0), shape)
 
 
 def _prefixes(
@@ -196,14 +216,13 @@ def _shape(examples: Sequence[Example], buckets: Buckets) -> tuple[int, int]:
         raise DataError(f"rows have patches of different lengths {sorted(dims)}: encode them with one processor")
     if len({row.patch_windows is None for row in examples}) > 1:
         raise DataError("some rows have attention windows and some have none: encode them with one processor")
-    units = {len(row.patches) // row.visual_count for row in examples if row.visual_count}
+    units = {row.unit for row in examples if len(row.patches)}
     if len(units) > 1:
         raise DataError(f"rows merge {sorted(units)} patches into a visual token: encode them with one processor")
     width = max(buckets.fit_tokens(len(row), f"row {i}") for i, row in enumerate(examples))
     patches = max(buckets.fit_patches(len(row.patches), f"row {i}") for i, row in enumerate(examples))
-    if units and patches % min(units):
-        raise DataError(f"patch bucket {patches} is not a multiple of the {min(units)} patches of a visual token")
-    return width, patches
+    unit = min(units, default=1)
+    return width, -(-patches // unit) * unit
 
 
 def _stack(rows: list[np.ndarray], starts: list[int], width: int, fill: int) -> np.ndarray:

@@ -27,7 +27,11 @@ class Example:
       prefix_rows: [T] int32 index among the vectors in front of the row, or -1; None without such vectors.
       items: the knowledge items whose embeddings these vectors are, or
       vectors: [S, D] the vectors themselves.
+      visual_taps: [4, T] int32 and
+      visual_weights: [4, T] float32: the visual rows that a token is a weighted sum of; None where each stands for one.
+      question: [T] bool, the tokens of the first user turn's text; None where nobody asks for them.
       images: merged (rows, columns) per image and per temporal patch of a video, in the order of the tokens.
+      unit: patches that become one visual token, or are one tile: a batch holds a multiple of them.
     """
 
     tokens: np.ndarray
@@ -44,6 +48,10 @@ class Example:
     prefix_rows: np.ndarray | None = None
     items: tuple[Example, ...] = ()
     vectors: np.ndarray | None = None
+    visual_taps: np.ndarray | None = None
+    visual_weights: np.ndarray | None = None
+    question: np.ndarray | None = None
+    unit: int = 1
 
     def __len__(self) -> int:
         """T."""

@@ -8,7 +8,9 @@ cell it is. A question names some cells and shows nothing; the answer reads each
     assistant  F3=3 C7=0 #0
 
 Digits and cells are drawn anew for every row, so nothing but the right item holds an answer; the items that are not
-asked for are distractors. Everything is a pure function of (split, seed, index). No digit is in both splits.
+asked for are distractors. A question that names no cell ("recite") is answered with all items in their order: it asks
+for names too, which a memory has no other reason to carry before names are looked up. Everything is a pure function of
+(split, seed, index). No digit is in both splits.
 """
 
 from __future__ import annotations
@@ -34,16 +36,23 @@ class Fact:
       items: the knowledge; the items that are asked for stand anywhere among it.
       asked: their indices, in the order of the question.
       digits: what their images show.
+      recited: the question names none, and asks for all.
     """
 
     items: tuple[Item, ...]
     asked: tuple[int, ...]
     digits: tuple[int, ...]
+    recited: bool = False
 
     @property
     def question(self) -> list[dict[str, Any]]:
         """The chat without its answer."""
-        return [{"role": "user", "content": " ".join([QUESTION, *(self.items[i].text for i in self.asked)])}]
+        return [{"role": "user", "content": " ".join([QUESTION, *self._names])}]
+
+    @property
+    def _names(self) -> list[str]:
+        """The cells that the question names."""
+        return [] if self.recited else [self.items[i].text for i in self.asked]
 
     @property
     def answer(self) -> str:
@@ -68,6 +77,7 @@ class FactDataset(Sequence[Fact]):
       items: numbers of items to draw from, each 1 to 16; drawn once per `group` consecutive indices, so that with
         `group` equal to the batch size the rows of a batch have one shape.
       asked: numbers of items that a question names to draw from, likewise; all where there are fewer.
+      recite: share of groups whose questions name no cell.
       size: number of rows.
       group: consecutive rows with equally many items.
 
@@ -81,6 +91,7 @@ class FactDataset(Sequence[Fact]):
     asked: tuple[int, ...] = (1,)
     size: int = 100_000
     group: int = 1
+    recite: float = 0.0
 
     def __post_init__(self) -> None:
         """Accepts single numbers and lists for items and asked, and checks every field."""
@@ -93,6 +104,8 @@ class FactDataset(Sequence[Fact]):
             raise ValueError(f"FactDataset: items is {self.items}; give numbers of 1 to {len(CELLS)}")
         if self.size < 1 or self.group < 1 or not self.asked or min(self.asked) < 1 or self.seed < 0:
             raise ValueError("FactDataset: size, asked and group must be at least 1, and seed at least 0")
+        if not 0 <= self.recite <= 1:
+            raise ValueError(f"FactDataset: recite is {self.recite}; give a share of 0 to 1")
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -106,8 +119,17 @@ class FactDataset(Sequence[Fact]):
         source = (_SPLITS[self.split], self.seed)
         shape = np.random.default_rng((*source, 1, index // self.group))
         count, asked = int(shape.choice(self.items)), int(shape.choice(self.asked))
+        recited = bool(shape.random() < self.recite)
         rng, name = np.random.default_rng((*source, 0, index)), f"{self.split}-{self.seed}-{index}"
-        return _fact(rng, self.split, count, min(asked, count), name)
+        fact = _fact(rng, self.split, count, count if recited else min(asked, count), name)
+        return _recited(fact) if recited else fact
+
+
+def _recited(fact: Fact) -> Fact:
+    """The question for all items, in their order."""
+    digits = dict(zip(fact.asked, fact.digits, strict=True))
+    order = tuple(sorted(fact.asked))
+    return Fact(fact.items, order, tuple(digits[i] for i in order), recited=True)
 
 
 def _fact(rng: np.random.Generator, split: str, count: int, asked: int, name: str) -> Fact:

@@ -126,3 +126,26 @@ def text_runs(chat: Sequence[dict[str, Any]]) -> list[list[tuple[dict[str, Any],
             else:
                 runs.append([])
     return [run for run in runs if run]
+
+
+def question_spans(rendered: str, chat: Sequence[dict[str, Any]], where: str) -> list[tuple[int, int]]:
+    """(start, end) in a rendered chat of every text of its first user turn.
+
+    Raises:
+      DataError: the chat has no such text, or the chat template rewrites it.
+    """
+    first = next((i for i, message in enumerate(chat) if message["role"] == "user"), None)
+    place = len(chat) if first is None else first
+    texts = lambda some: [holder[key].strip() for run in text_runs(some) for holder, key in run]  # noqa: E731
+    before, asked = texts(list(chat[:place])), texts(list(chat[place : place + 1]))
+    if not any(asked):
+        raise DataError(f"{where} has no text in its first user turn, and a memory reads the question there; add one")
+    at, spans = 0, []
+    for i, text in enumerate([*before, *asked]):
+        at = rendered.find(text, at)
+        if at < 0:
+            raise DataError(f"the chat template rewrites the first question of {where}, so that it cannot be found")
+        if i >= len(before) and text:
+            spans.append((at, at + len(text)))
+        at += len(text)
+    return spans

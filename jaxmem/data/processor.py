@@ -12,15 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from jaxmem.backbones.config import BackboneConfig
+from jaxmem.backbones.config import BackboneConfig, VisionConfig
+from jaxmem.checkpoints.weights import read_json
+from jaxmem.data.assembly import Picture, Written, join_grids, join_text, join_tiles
 from jaxmem.data.example import Example
 from jaxmem.data.guard import Guard
 from jaxmem.data.images import load_image
-from jaxmem.data.messages import Media, Message, take_apart
-from jaxmem.data.pixels import ImageProcessor, load_image_processor
-from jaxmem.data.positions import Grid, mrope_positions, patch_tables
+from jaxmem.data.messages import Media, Message, question_spans, take_apart
+from jaxmem.data.pixels import load_image_processor
+from jaxmem.data.tiles import TileProcessor, load_tile_processor
 from jaxmem.data.video import time_step, timeline, timestamps
-from jaxmem.errors import CheckpointError, DataError
+from jaxmem.errors import CheckpointError, ConfigError, DataError
 
 _END_OF_TURN = "<|im_end|>"
 _END_OF_TEXT = "<|endoftext|>"
@@ -28,32 +30,11 @@ _TOKENIZER_STATE = threading.Lock()  # a fast tokenizer keeps `split_special_tok
 
 
 @dataclasses.dataclass(frozen=True)
-class _Picture:
-    """A read image or video.
-
-    Attributes:
-      kind: "image" or "video".
-      patches: [P, C].
-      grid: of all of them.
-      text: what stands for it in the prompt, one placeholder per block.
-      blocks: the grids of its placeholders: one, or one per temporal patch.
-      step: rotary positions from one temporal patch of a block to the next.
-    """
-
-    kind: str
-    patches: np.ndarray
-    grid: Grid
-    text: str
-    blocks: tuple[Grid, ...]
-    step: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
 class _Chat:
     """A chat on its way to tokens: messages without media and with marked text, the media, the marks."""
 
     messages: list[dict[str, Any]]
-    pictures: list[_Picture]
+    pictures: list[Any]
     guard: Guard
     where: str
 
@@ -64,7 +45,8 @@ class Processor:
 
     Attributes:
       tokenizer: a fast transformers tokenizer.
-      image_processor: resize rules and normalisation.
+      image_processor: resize rules and normalisation: an ImageProcessor, a TileProcessor, or None for a decoder without
+        a vision tower.
       chat_template: Jinja source.
       config: of the backbone; token ids, patch sizes and the position table are taken from it.
       stop_tokens: ids that end an answer.
@@ -72,15 +54,17 @@ class Processor:
       video_wrapper: keep the template's own vision start and end around the time line of a video, as transformers
         since 5.10 does; False drops the pair, as the processor released with Qwen3-VL did. Videos without a time line
         (Qwen2-VL, Qwen2.5-VL) stand in the template's pair always.
+      mark_question: rows say which tokens are the first question's, for memories that read it.
     """
 
     tokenizer: Any
-    image_processor: ImageProcessor
+    image_processor: Any
     chat_template: str
     config: BackboneConfig
     stop_tokens: tuple[int, ...]
     pad_token: int
     video_wrapper: bool = True
+    mark_question: bool = False
 
     def encode(
         self,
@@ -114,8 +98,8 @@ class Processor:
         """
         chat = self._open(messages, images, where)
         rendered = self._render(chat, len(chat.messages), add_generation_prompt)
-        tokens, mask = self._tokenise(rendered, self._assistant_spans(chat, rendered, newline), chat.guard)
-        return self._assemble(tokens, mask, chat)
+        spans = self._assistant_spans(chat, rendered, newline)
+        return self._assemble(self._tokenise(rendered, spans, chat), chat)
 
     def encode_as(
         self, messages: Sequence[Message], written: Callable[[list[dict[str, Any]]], str], where: str = "the chat"
@@ -129,14 +113,14 @@ class Processor:
           where: how errors call the chat.
         """
         chat = self._open(messages, None, where)
-        tokens, mask = self._tokenise(written(chat.messages), [], chat.guard)
-        return self._assemble(tokens, mask, chat)
+        return self._assemble(self._tokenise(written(chat.messages), [], chat), chat)
 
     @property
     def image_placeholder(self) -> tuple[str, str, str]:
-        """What stands for an image: texts of vision start, image placeholder and vision end."""
+        """What stands for an image: texts of vision start, image placeholder and vision end (where there are any)."""
         ids = (self.config.vision_start_token, self.config.image_token, self.config.vision_end_token)
-        return self._token(ids[0]), self._token(ids[1]), self._token(ids[2])
+        start, pad, end = (self._token(id_) if id_ >= 0 else "" for id_ in ids)
+        return start, pad, end
 
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, *, images: Sequence[Any] | None = None
@@ -152,6 +136,8 @@ class Processor:
 
     def image_tokens(self, size: tuple[int, int]) -> int:
         """Visual tokens of an image of `size` = (width, height) pixels."""
+        if self.tiled:
+            return self.image_processor.count(size)
         _, rows, columns = self.image_processor.image_grid(size)
         return rows * columns // self.config.vision.merge_unit
 
@@ -172,8 +158,22 @@ class Processor:
         guard = Guard(parts, self._special)
         return _Chat(parts, self._read(media, where), guard, where)
 
-    def _read(self, media: Sequence[Media], where: str) -> list[_Picture]:
+    @property
+    def tiled(self) -> bool:
+        """Are images cut to tiles (LLaVA-style backbones)?"""
+        return isinstance(self.image_processor, TileProcessor)
+
+    def _read(self, media: Sequence[Media], where: str) -> list[Any]:
         """Loads the media of one chat; errors count images and videos from 0."""
+        kind = self.config.model_type
+        if media and self.image_processor is None:
+            raise DataError(f"{where} has images, and the backbone is a decoder alone ({kind}); leave them out")
+        if self.tiled and any(item.kind == "video" for item in media):
+            raise DataError(f"{where} has a video, which is not supported on {kind}; give its frames as images")
+        if self.tiled:
+            return self.image_processor.images(
+                [load_image(item.source, f"image {i} of {where}") for i, item in enumerate(media)]
+            )
         pictures, counts = [], {"image": 0, "video": 0}
         for item in media:
             name = f"{item.kind} {counts[item.kind]} of {where}"
@@ -181,20 +181,20 @@ class Processor:
             pictures.append(self._read_image(item, name) if item.kind == "image" else self._read_video(item, name))
         return pictures
 
-    def _read_image(self, item: Media, name: str) -> _Picture:
+    def _read_image(self, item: Media, name: str) -> Any:
         patches, grid = self.image_processor.image(load_image(item.source, name))
-        return _Picture("image", patches, grid, self._token(self.config.image_token), (grid,))
+        return Picture("image", patches, grid, self._token(self.config.image_token), (grid,))
 
-    def _read_video(self, item: Media, name: str) -> _Picture:
+    def _read_video(self, item: Media, name: str) -> Any:
         frames = [load_image(frame, f"frame {i} of {name}") for i, frame in enumerate(item.source)]
         patches, grid = self.image_processor.video(frames, name)
         (start, pad, end), span = self._vision, self.image_processor.temporal_patch_size
         if self.config.timed_video:
             line = timeline(timestamps(len(frames), item.fps, span), start, pad, end)
-            return _Picture("video", patches, grid, line, ((1, *grid[1:]),) * grid[0])
+            return Picture("video", patches, grid, line, ((1, *grid[1:]),) * grid[0])
         speed = self.config.positions_per_second
         step = 1.0 if speed is None else time_step(item.fps, span, speed)
-        return _Picture("video", patches, grid, pad, (grid,), step)
+        return Picture("video", patches, grid, pad, (grid,), step)
 
     @property
     def _vision(self) -> tuple[str, str, str]:
@@ -211,11 +211,14 @@ class Processor:
             )
         except Exception as error:  # Jinja errors of many kinds; the template's own message is what helps
             raise DataError(f"the chat template refused {chat.where}: {error}") from error
+        texts = [item.text for item in chat.pictures if getattr(item, "kind", "") == "video"]
+        if not texts:
+            return text
         start, pad, end = self._vision
         wrapped = start + pad + end
         keep = self.video_wrapper or not self.config.timed_video or wrapped not in text
         target = pad if keep else wrapped
-        return chat.guard.fill(text, target, [item.text for item in chat.pictures if item.kind == "video"])
+        return chat.guard.fill(text, target, texts)
 
     def _assistant_spans(self, chat: _Chat, rendered: str, newline: bool) -> list[tuple[int, int]]:
         """(start, end) in `rendered` of each assistant content with the token that ends its turn."""
@@ -236,56 +239,49 @@ class Processor:
             spans.append((len(before), end + (newline and after[end : end + 1] == "\n")))
         return spans
 
-    def _tokenise(self, rendered: str, spans: list[tuple[int, int]], guard: Guard) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids [T] (one per placeholder) and loss mask [T] of a rendered chat."""
+    def _tokenise(self, rendered: str, spans: list[tuple[int, int]], chat: _Chat) -> Written:
+        """A rendered chat as tokens, one per placeholder."""
+        asked = question_spans(rendered, chat.messages, chat.where) if self.mark_question else []
         tokens: list[int] = []
         mask: list[float] = []
+        question: list[bool] = []
         for first, last, weight in _cut(len(rendered), spans):
-            for piece, plain in guard.split(rendered[first:last]):
+            at = first
+            for piece, plain in chat.guard.split(rendered[first:last]):
+                at = rendered.index(piece, at)
                 with _TOKENIZER_STATE:
-                    ids = self.tokenizer(piece, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
-                tokens += ids
-                mask += [weight] * len(ids)
-        return np.asarray(tokens, np.int32), np.asarray(mask, np.float32)
+                    found = self.tokenizer(
+                        piece,
+                        add_special_tokens=False,
+                        split_special_tokens=plain,
+                        return_offsets_mapping=self.mark_question,
+                    )
+                tokens += found["input_ids"]
+                mask += [weight] * len(found["input_ids"])
+                for start, end in found.get("offset_mapping", ()):
+                    question.append(any(at + start < stop and at + end > begin for begin, stop in asked))
+                at += len(piece)
+        marked = np.asarray(question, bool) if self.mark_question else None
+        return Written(np.asarray(tokens, np.int32), np.asarray(mask, np.float32), marked)
 
-    def _assemble(self, tokens: np.ndarray, mask: np.ndarray, chat: _Chat) -> Example:
-        """Repeats placeholders once per merged row and adds positions, patches and tables."""
+    def _assemble(self, prompt: Written, chat: _Chat) -> Example:
+        """Repeats placeholders once per visual token and adds positions, patches and tables."""
         vision, pictures = self.config.vision, chat.pictures
-        blocks = self._blocks(tokens, pictures, chat.where)
-        repeats = np.ones(len(tokens), np.int64)
-        for index, (frames, rows, columns), _ in blocks:
-            repeats[index] = frames * rows * columns // vision.merge_unit
-        ends = np.cumsum(repeats)
-        is_visual = np.zeros(len(tokens), bool)
-        is_visual[[index for index, *_ in blocks]] = True
-        visual = np.repeat(is_visual, repeats)
-        placed = [(int(ends[index] - repeats[index]), grid) for index, grid, _ in blocks]
-        steps = [step for *_, step in blocks]
-        shapes = [(rows // vision.merge_size, columns // vision.merge_size) for _, (_, rows, columns), _ in blocks]
-        empty = np.zeros((0, vision.patch_dim), np.float32)
-        grids = [picture.grid for picture in pictures]
-        tables = patch_tables(grids, vision.table_side, vision.merge_size, vision.window)
-        return Example(
-            tokens=np.repeat(tokens, repeats),
-            positions=mrope_positions(int(repeats.sum()), placed, vision.merge_size, steps),
-            loss_mask=np.repeat(mask, repeats),
-            visual_rows=np.where(visual, np.cumsum(visual) - 1, -1).astype(np.int32),
-            patches=np.concatenate([empty, *(picture.patches for picture in pictures)]),
-            patch_segments=tables.segments,
-            patch_coords=tables.coords,
-            patch_table=tables.table,
-            patch_weights=tables.weights,
-            images=tuple(shape for shape, (_, grid, _) in zip(shapes, blocks, strict=True) for _ in range(grid[0])),
-            patch_windows=tables.windows,
-        )
-
-    def _blocks(self, tokens: np.ndarray, pictures: list[_Picture], where: str) -> list[tuple[int, Grid, float]]:
-        """(index, grid, step between its frames) of every placeholder; placeholders and blocks must agree in number."""
+        if vision is None:
+            return join_text(prompt)
+        if self.tiled:
+            places = self._places(prompt.tokens, [(self.config.image_token, "image")] * len(pictures), chat.where)
+            return join_tiles(prompt, places, pictures, vision.patch_dim, vision.tile_patches)
         ids = {"image": self.config.image_token, "video": self.config.video_token}
-        found = np.flatnonzero(np.isin(tokens, list(ids.values())))
-        wanted = [(ids[item.kind], block, item.step) for item in pictures for block in item.blocks]
+        wanted = [(ids[item.kind], item.kind) for item in pictures for _ in item.blocks]
+        return join_grids(prompt, self._places(prompt.tokens, wanted, chat.where), pictures, vision)
+
+    def _places(self, tokens: np.ndarray, wanted: list[tuple[int, str]], where: str) -> list[int]:
+        """Where the placeholders stand; they and the (id, kind) of what they stand for must agree in number."""
+        ids = {"image": self.config.image_token, "video": self.config.video_token}
+        found = np.flatnonzero(np.isin(tokens, [id_ for id_ in ids.values() if id_ >= 0]))
         for kind, id_ in ids.items():
-            seen, count = int(np.sum(tokens == id_)), sum(block[0] == id_ for block in wanted)
+            seen, count = int(np.sum(tokens == id_)), sum(item == (id_, kind) for item in wanted)
             if count != seen:
                 unit = "images" if kind == "image" else "temporal patches of videos"
                 unit = unit if kind == "image" or self.config.timed_video else "videos"
@@ -293,9 +289,9 @@ class Processor:
                     f"the prompt of {where} has {seen} {kind} placeholders for {count} {unit}; "
                     "the chat template adds or drops some (many templates take no images in system messages)"
                 )
-        if tokens[found].tolist() != [id_ for id_, *_ in wanted]:
+        if tokens[found].tolist() != [id_ for id_, _ in wanted]:
             raise DataError(f"the chat template puts the images and videos of {where} into another order")
-        return [(int(index), grid, step) for index, (_, grid, step) in zip(found, wanted, strict=True)]
+        return found.tolist()
 
 
 def _cut(length: int, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, float]]:
@@ -335,15 +331,7 @@ def load_processor(
     """
     folder = Path(folder)
     tokenizer = _load_tokenizer(folder, config)
-    image_processor = load_image_processor(
-        folder, min_pixels=min_pixels, max_pixels=max_pixels, frame_budget=not config.timed_video
-    )
-    for name in ("patch_size", "temporal_patch_size", "merge_size"):
-        ours, theirs = getattr(config.vision, name), getattr(image_processor, name)
-        if ours != theirs:
-            raise CheckpointError(
-                f"{folder}/preprocessor_config.json says {name} {theirs}, the backbone's config says {ours}"
-            )
+    image_processor = _load_images(folder, config, min_pixels, max_pixels)
     stops = _stop_tokens(folder, tokenizer)
     pad = tokenizer.pad_token_id
     return Processor(
@@ -354,6 +342,34 @@ def load_processor(
         stop_tokens=stops,
         pad_token=pad if pad is not None else (stops[0] if stops else 0),
     )
+
+
+def _load_images(folder: Path, config: BackboneConfig, min_pixels: int | None, max_pixels: int | None) -> Any:
+    """The image processor that fits the backbone's vision tower; None without one."""
+    if config.vision is None:
+        return None
+    if not isinstance(config.vision, VisionConfig):
+        if min_pixels is not None or max_pixels is not None:
+            raise ConfigError(f"{config.model_type} cuts images to tiles: min_pixels and max_pixels do not apply")
+        tower, projector = config.vision.tower, config.vision.projector
+        return load_tile_processor(
+            folder,
+            read_json(folder / "config.json"),
+            image_size=tower.image_size,
+            patch_size=tower.patch_size,
+            cells=projector.grid,
+            tokens=None if projector.grid else projector.tokens,
+            aspect=config.vision.aspect,
+        )
+    frame_budget = not config.timed_video
+    processor = load_image_processor(folder, min_pixels=min_pixels, max_pixels=max_pixels, frame_budget=frame_budget)
+    for name in ("patch_size", "temporal_patch_size", "merge_size"):
+        ours, theirs = getattr(config.vision, name), getattr(processor, name)
+        if ours != theirs:
+            raise CheckpointError(
+                f"{folder}/preprocessor_config.json says {name} {theirs}, the backbone's config says {ours}"
+            )
+    return processor
 
 
 def _load_tokenizer(folder: Path, config: BackboneConfig) -> Any:
@@ -369,7 +385,7 @@ def _load_tokenizer(folder: Path, config: BackboneConfig) -> Any:
         raise CheckpointError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the backbone {config.text.vocab}")
     for name in ("image_token", "video_token", "vision_start_token", "vision_end_token"):
         id_ = getattr(config, name)
-        if id_ not in tokenizer.added_tokens_decoder:
+        if id_ >= 0 and id_ not in tokenizer.added_tokens_decoder:
             raise CheckpointError(f"{folder}: the tokenizer has no special token of id {id_}, the backbone's {name}")
     return tokenizer
 

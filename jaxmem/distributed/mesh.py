@@ -40,14 +40,23 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers/.*/lora_b", P(None, None, PIECES)),
     (r"visual/patch_embed/kernel", P(None, ("tensor", *PIECES))),  # 1,176 pixels of a patch: not by 16
     (r"visual/position_table", P(None, PIECES)),
-    (r"visual/(blocks|deepstack)/.*(qkv|fc1|gate|up)/kernel", P(None, PIECES, "tensor")),
-    (r"visual/(blocks|deepstack)/.*(proj|fc2|down)/kernel", P(None, "tensor", PIECES)),
+    (r"visual/(blocks|deepstack)/.*(qkv|q|k|v|fc1|gate|up)/kernel", P(None, PIECES, "tensor")),
+    (r"visual/(blocks|deepstack)/.*(proj|o|fc2|down)/kernel", P(None, "tensor", PIECES)),
     (r"visual/merger/fc1/kernel", P(PIECES, "tensor")),
     (r"visual/merger/fc2/kernel", P("tensor", PIECES)),
     (r"visual/(blocks|deepstack)/.*lora_a", P(None, PIECES, None)),
     (r"visual/(blocks|deepstack)/.*lora_b", P(None, None, PIECES)),
     (r"visual/merger/.*lora_a", P(PIECES, None)),
     (r"visual/merger/.*lora_b", P(None, PIECES)),
+    # LLaVA-style projectors: stacked blocks first.
+    (r"projector/(blocks|pairs)/.*(q|k|v|qkv|fc1|conv1)/kernel", P(None, PIECES, "tensor")),
+    (r"projector/(blocks|pairs)/.*(o|fc2|conv3)/kernel", P(None, "tensor", PIECES)),
+    (r"projector/.*(q|k|v|qkv|fc1|conv1|proj_in)/kernel", P(PIECES, "tensor")),
+    (r"projector/.*(o|fc2|conv3|proj_out)/kernel", P("tensor", PIECES)),
+    # Vision Remember, and what it is compared with.
+    (r"vision_remember/fusion/kernel", P(PIECES, "tensor")),
+    (r"(vision_remember|sva)/blocks/.*(q|k|v|fc1|proj_in|proj_context)/kernel", P(None, PIECES, "tensor")),
+    (r"(vision_remember|sva)/blocks/.*(o|fc2)/kernel", P(None, "tensor", PIECES)),
     # CoMEM: keys and values lie in one kernel, whose columns the devices of `tensor` cannot share by heads.
     (r"q_former/block/(q|fc1)/kernel", P(PIECES, "tensor")),
     (r"q_former/block/kv/kernel", P(PIECES, None)),

@@ -107,8 +107,9 @@ def create(backbone: BackboneConfig, *, mlp_multiple: int = 1, **overrides: Any)
 def _default_layers(backbone: BackboneConfig) -> tuple[int, ...]:
     """The published layers (at 36 layers they are the tower's DeepStack taps), else one stride apart."""
     depth = backbone.text.layers
-    if depth == 36 and len(backbone.vision.taps) == 3:
-        return backbone.vision.taps
+    taps = getattr(backbone.vision, "taps", ())
+    if depth == 36 and len(taps) == 3:
+        return taps
     suggested = {28: (6, 12, 18), 64: (14, 28, 42)}
     return suggested.get(depth) or tuple(sorted({depth * part // 4 for part in (1, 2, 3)}))
 

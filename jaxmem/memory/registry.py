@@ -5,9 +5,15 @@ from __future__ import annotations
 from types import ModuleType
 
 from jaxmem.errors import ConfigError
-from jaxmem.memory import comem, mlp_branch, pvm, vismem
+from jaxmem.memory import comem, mlp_branch, pvm, vision_remember, vismem
 
-MEMORIES: dict[str, ModuleType] = {"pvm": pvm, "mlp": mlp_branch, "vismem": vismem, "comem": comem}
+MEMORIES: dict[str, ModuleType] = {
+    "pvm": pvm,
+    "mlp": mlp_branch,
+    "vismem": vismem,
+    "comem": comem,
+    "vision_remember": vision_remember,
+}
 
 
 def memory(name: str) -> ModuleType:

@@ -25,7 +25,7 @@ import numpy as np
 from jaxmem.backbones import clip
 from jaxmem.backbones.clip_config import ClipConfig
 from jaxmem.backbones.clip_text import LEGACY_END
-from jaxmem.checkpoints import clip_names
+from jaxmem.checkpoints import clip_folder
 from jaxmem.data.images import load_image
 from jaxmem.errors import CheckpointError, ConfigError, DataError
 from jaxmem.retrieval.clip_pixels import ClipPixels, load_clip_pixels
@@ -76,7 +76,7 @@ class ClipEmbedder:
         if batch < 1:
             raise ConfigError(f"batch {batch} must be at least 1")
         self.folder, self.mode = Path(folder), mode
-        self.config, self.params = clip_names.load(folder, dtype=dtype)
+        self.config, self.params = clip_folder.load(folder, dtype=dtype)
         self.pixels = load_clip_pixels(folder, self.config.family)
         self.digest = _digest(self.folder, self.config, self.pixels)
         self._sizes = sorted({size for size in (1, 8) if size < batch} | {batch})

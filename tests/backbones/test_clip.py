@@ -12,7 +12,7 @@ import torch
 from jaxmem.backbones import clip, vit
 from jaxmem.backbones.clip_config import vision_config
 from jaxmem.backbones.encoder import normed
-from jaxmem.checkpoints import clip_names
+from jaxmem.checkpoints import clip_folder
 from jaxmem.distributed.mesh import make_mesh
 from jaxmem.errors import ConfigError, DataError
 from tests.backbones.clip_folder import LENGTH, PROJECTION, SIDE, VISION, tower_of, write
@@ -32,7 +32,7 @@ def loaded(tmp_path_factory):
     def make(kind):
         folder = tmp_path_factory.mktemp(kind)
         model = write(kind, folder)
-        return folder, model, *clip_names.load(folder)
+        return folder, model, *clip_folder.load(folder)
 
     return make
 
@@ -159,13 +159,13 @@ def test_gradients_of_several_layers_equal_torch(loaded):
 
 def test_a_third_activation(tmp_path):
     model = write("clip_vision", tmp_path, vision_hidden_act="gelu")
-    config, params = clip_names.load(tmp_path)
+    config, params = clip_folder.load(tmp_path)
     close(see(config.vision, params["visual"], pixels(), (-1,))[0], torch_states(model, pixels()).hidden_states[-1])
 
 
 def test_bfloat16_stays_near(loaded):
     folder, _, config, params = loaded("siglip")
-    _, rough = clip_names.load(folder, dtype=jnp.bfloat16)
+    _, rough = clip_folder.load(folder, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(rough)} == {jnp.dtype(jnp.bfloat16)}
     state = jax.eval_shape(lambda: vit.forward(config.vision, rough["visual"], pixels())[0])
     found, known = (embed_images(config, tree, pixels()) for tree in (rough, params))
@@ -194,7 +194,7 @@ def test_random_weights_have_the_shapes_of_a_folder(loaded):
 
 def test_a_siglip_without_its_head_gives_hidden_states_alone(tmp_path):
     write("siglip_vision", tmp_path, vision_vision_use_head=False)
-    config, params = clip_names.load(tmp_path)
+    config, params = clip_folder.load(tmp_path)
     assert config.pool == "none" and set(params) == {"visual", "pool"} and set(params["pool"]) == {"norm"}
     with pytest.raises(ConfigError, match="siglip_vision_model has vision_use_head false"):
         clip.embed_images(config, params, pixels())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from jaxmem.backbones import clip, clip_text
-from jaxmem.checkpoints import clip_names
+from jaxmem.checkpoints import clip_folder
 from jaxmem.errors import DataError
 from tests.backbones.clip_folder import END, LENGTH, write
 from tests.backbones.test_clip import close, pixels, tensor
@@ -26,7 +26,7 @@ def loaded(tmp_path_factory):
     def make(kind):
         folder = tmp_path_factory.mktemp(kind)
         model = write(kind, folder)
-        return model, *clip_names.load(folder)
+        return model, *clip_folder.load(folder)
 
     return make
 
@@ -66,12 +66,12 @@ def test_texts_are_read_at_the_first_end_token_or_the_highest_id(tmp_path):
     tokens = texts("clip")
     tokens[:, 2] = 2
     old = write("clip", tmp_path / "old", text_eos_token_id=2)
-    config, params = clip_names.load(tmp_path / "old")
+    config, params = clip_folder.load(tmp_path / "old")
     assert config.text.end_token == clip_text.LEGACY_END
     assert_texts_equal(old, config, params, tokens)
     low = write("clip", tmp_path / "low", text_eos_token_id=7)  # an end token that is not the highest id
     tokens[:, 4] = 7
-    config, params = clip_names.load(tmp_path / "low")
+    config, params = clip_folder.load(tmp_path / "low")
     assert_texts_equal(low, config, params, tokens)
 
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from jaxmem.backbones.clip_config import config_from_hf, vision_config
-from jaxmem.checkpoints import clip_names
+from jaxmem.checkpoints import clip_folder, clip_names
 from jaxmem.checkpoints.table import write_tree
 from jaxmem.checkpoints.weights import open_weights
 from jaxmem.errors import CheckpointError, ConfigError
@@ -29,7 +29,7 @@ def loaded(tmp_path_factory):
     def make(kind):
         folder = tmp_path_factory.mktemp(kind)
         write(kind, folder)
-        return folder, *clip_names.load(folder)
+        return folder, *clip_folder.load(folder)
 
     return make
 
@@ -53,7 +53,7 @@ def test_a_vision_tower_is_read_with_and_without_its_prefix(loaded, tmp_path):
         other = {name if name == "visual_projection.weight" else prefix + name: bare[name] for name in bare}
         copy = shutil.copytree(folder, tmp_path / kind)
         safetensors.torch.save_file(other, copy / "model.safetensors")
-        again = clip_names.load(copy)
+        again = clip_folder.load(copy)
         assert again[0] == config and jax.tree.all(jax.tree.map(np.array_equal, again[1], params))
 
 
@@ -71,12 +71,12 @@ def test_shards_and_the_counters_of_early_releases_are_read(loaded, tmp_path):
     write("clip", tmp_path / "shards", max_shard_size="40KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     folder, config, params = loaded("clip")
-    assert jax.tree.all(jax.tree.map(np.array_equal, clip_names.load(tmp_path / "shards")[1], params))
+    assert jax.tree.all(jax.tree.map(np.array_equal, clip_folder.load(tmp_path / "shards")[1], params))
     copy = shutil.copytree(folder, tmp_path / "early")
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     counters = {f"{part}_model.embeddings.position_ids": torch.arange(12)[None] for part in ("text", "vision")}
     safetensors.torch.save_file(tensors | counters, copy / "model.safetensors")
-    assert jax.tree.all(jax.tree.map(np.array_equal, clip_names.load(copy)[1], params))
+    assert jax.tree.all(jax.tree.map(np.array_equal, clip_folder.load(copy)[1], params))
 
 
 def test_faults_of_a_folder_are_named(loaded, tmp_path):
@@ -86,7 +86,7 @@ def test_faults_of_a_folder_are_named(loaded, tmp_path):
     tensors["text_projection.weight"] = tensors["text_projection.weight"][:5].clone()
     safetensors.torch.save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
-        clip_names.load(folder)
+        clip_folder.load(folder)
     for part in (
         "missing tensors (1): vision_model.pre_layrnorm.bias",
         "unexpected tensors (1): extra",
@@ -95,9 +95,9 @@ def test_faults_of_a_folder_are_named(loaded, tmp_path):
         assert part in str(caught.value)
     edit(folder / "config.json", model_type="siglip2")
     with pytest.raises(ConfigError, match="bad: config.json: model_type 'siglip2' is not supported.*naflex is not"):
-        clip_names.load(folder)
+        clip_folder.load(folder)
     with pytest.raises(CheckpointError, match="nowhere: no such folder"):
-        clip_names.load(tmp_path / "nowhere")
+        clip_folder.load(tmp_path / "nowhere")
 
 
 def test_what_config_files_leave_out_is_what_transformers_defines():
