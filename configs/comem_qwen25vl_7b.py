@@ -41,6 +41,7 @@ def get_config(backbone: str = "qwen25") -> ConfigDict:
             "seed": 42,
             "seeds": (),  # several make one run each
             "backbone": BACKBONES[backbone],  # a Hugging Face folder
+            "encoder": "",  # another VLM's folder, where the backbone is a decoder alone (the paper's transfer)
             "dtype": "bfloat16",  # what trains is kept in float32
             "memory": {
                 "name": "comem",
@@ -61,6 +62,7 @@ def get_config(backbone: str = "qwen25") -> ConfigDict:
                 "item_min_pixels": 0,
                 "item_max_pixels": 0,  # 50176 gives the 64 tokens per item that the paper's code meant
                 "order": "rank",
+                "query": True,  # with an encoder of its own: it reads the prompt too
                 "query_tower": "frozen",
                 "bf16_positions": False,
             },

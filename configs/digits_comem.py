@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
                 "clip_norm": 1.0,
             },
             "loop": {
-                "steps": 1000,
+                "steps": 600,
                 "batch_size": 32,
                 "accumulate": 1,
                 "p_block": 0.0,
@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
                 "1_backbone": {
                     "trainable": ("base", "memory"),
                     "optimizer": {"learning_rate": 1e-3},
-                    "loop": {"steps": 1500},
+                    "loop": {"steps": 800},
                 },
                 "2_memory": {
                     "memory_folder": None,  # a fresh one

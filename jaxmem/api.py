@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from jaxmem import config as configs
 from jaxmem import model as functions
+from jaxmem import transfer
 from jaxmem.adapters import lora
 from jaxmem.adapters.lora import LoRAConfig
 from jaxmem.assets import TINY
@@ -24,13 +25,13 @@ from jaxmem.backbones import registry
 from jaxmem.backbones.batch import Array, Batch
 from jaxmem.backbones.config import BackboneConfig
 from jaxmem.checkpoints import huggingface, peft
-from jaxmem.data import control, knowledge
+from jaxmem.data import control, knowledge, query
 from jaxmem.data.batching import Buckets, collate
 from jaxmem.data.example import Example
 from jaxmem.data.processor import Processor, load_processor
 from jaxmem.distributed.mesh import AXES, current, shardings
 from jaxmem.errors import ConfigError, DataError
-from jaxmem.memory import former
+from jaxmem.memory import comem, former
 from jaxmem.memory.registry import memory as memory_module
 from jaxmem.memory.vismem import TYPES
 from jaxmem.model import Spec
@@ -69,10 +70,11 @@ class Model:
 
     Attributes:
       spec: what is computed, without weights.
-      base: the backbone's weights.
+      base: the backbone's weights; at "encoder" in them those of the backbone that reads for it (`with_encoder`).
       memory: {name: parameters} of the attached memories.
       processor: tokenizer, image processor and chat template.
       folder: where the backbone came from.
+      encoder_folder: where the encoder came from; None without one beside the backbone.
     """
 
     spec: Spec
@@ -80,6 +82,7 @@ class Model:
     memory: dict[str, Any]
     processor: Processor
     folder: Path
+    encoder_folder: Path | None = None
 
     def attach(self, memory: Any = "pvm", *, key: Array | None = None, **settings: Any) -> Model:
         """The model with one more memory, freshly initialised: gates at zero, so that it still equals its backbone.
@@ -93,6 +96,8 @@ class Model:
         """
         if memory == "vismem":
             settings = control.settings_for(self.processor.tokenizer, settings)
+        if memory == "comem" and self.processor.encoder is not None:
+            settings = {"encoder": self.processor.encoder.config, **settings}
         config = memory_module(memory).create(self.spec.backbone, **settings) if isinstance(memory, str) else memory
         if config.name == "vismem":
             control.check(self.processor.tokenizer, config)
@@ -111,15 +116,42 @@ class Model:
         """New weights where the rules of the mesh want them."""
         return tree if self.mesh is None else jax.device_put(tree, shardings(self.mesh, tree))
 
+    def with_encoder(self, encoder: Model | str | Path) -> Model:
+        """The model with another one beside it: CoMEM's encoder, which reads knowledge items and prompts with their
+        images for a model that may be a decoder alone. `attach` or `restore` the memory then.
+
+        Args:
+          encoder: a model, or the Hugging Face folder of one. Its weights are shared, not copied, and never train. A
+            CoMEM that it has comes with it, where its vectors are as wide as this model.
+
+        Raises:
+          ConfigError: this model reads for itself already, or the encoder has LoRA factors, other memories, an encoder
+            of its own, another mesh, or a CoMEM whose vectors have another width.
+        """
+        reads = encoder if isinstance(encoder, Model) else load(encoder, self.base["embed"].dtype, mesh=self.mesh)
+        transfer.check(self, reads)
+        model = dataclasses.replace(
+            self,
+            base={**self.base, "encoder": reads.base},
+            processor=dataclasses.replace(self.processor, encoder=reads.processor),
+            encoder_folder=reads.folder,
+        )
+        if reads.spec.comem is None:
+            return model
+        config = comem.transferred(reads.spec.comem, reads.spec.backbone, self.spec.backbone)
+        return model._with(config, reads.memory[config.name])
+
     def restore(self, folder: str | Path) -> Model:
         """The model with the memory that `save` wrote into a folder.
 
         Raises:
-          CheckpointError: no memory there, one for another backbone, or tensors that do not fit.
+          CheckpointError: no memory there, one for another backbone or encoder, or tensors that do not fit.
         """
         name, stored = huggingface.read_memory_config(folder, self.spec.backbone)
         module = memory_module(name)
         settings = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
+        if name == "comem":
+            settings["encoder"] = transfer.encoder_for(self, stored.get("encoder"), folder)
         config = module.create(self.spec.backbone, **settings)
         if name == "vismem":
             control.check(self.processor.tokenizer, config)
@@ -163,7 +195,14 @@ class Model:
 
     def without_memory(self) -> Model:
         """The bare backbone, for comparison."""
-        return dataclasses.replace(self, spec=dataclasses.replace(self.spec, memories=()), memory={})
+        return dataclasses.replace(
+            self,
+            spec=dataclasses.replace(self.spec, memories=()),
+            base={name: part for name, part in self.base.items() if name != "encoder"},
+            memory={},
+            processor=dataclasses.replace(self.processor, encoder=None),
+            encoder_folder=None,
+        )
 
     def batch(
         self,
@@ -194,7 +233,7 @@ class Model:
                 f"there are {len(chats)} chats and items for {len(known)}; give a list for each, maybe empty"
             )
         rows = [
-            self.processor.encode(chat, add_generation_prompt=add_generation_prompt, where=f"chat {i}")
+            query.encode_row(self.processor, self.spec.comem, chat, add_generation_prompt, where=f"chat {i}")
             for i, chat in enumerate(chats)
         ]
         rows = [self._behind(row, own) for row, own in zip(rows, known, strict=True)]
@@ -326,6 +365,7 @@ def load(
     dtype: Any = None,
     *,
     memory: str | Path | None = None,
+    encoder: str | Path | None = None,
     mesh: Mesh | None = None,
     sharding: Any = None,
     min_pixels: int | None = None,
@@ -337,6 +377,7 @@ def load(
       path: folder with config.json, safetensors, tokenizer and preprocessor; the embedded tiny backbone by default.
       dtype: of the weights and of the arithmetic ("bfloat16", "float32"); None keeps what is stored.
       memory: a folder that `Model.save` wrote.
+      encoder: folder of the model that reads items and prompts for this one (`Model.with_encoder`).
       mesh: of `jaxmem.distributed.mesh.make_mesh`: weights are read piece by piece, each host its own.
       sharding: instead of a mesh, one jax Sharding for all leaves or a tree of them.
       min_pixels, max_pixels: replace the folder's limits per image.
@@ -344,13 +385,15 @@ def load(
     Raises:
       CheckpointError, ConfigError: the folder's files are missing, damaged or of an unsupported model.
     """
-    folder = Path(path)
+    folder, limits = Path(path), {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    beside = None if encoder is None else load(encoder, dtype, mesh=mesh, sharding=sharding, **limits)
     config = registry.config_from_hf(huggingface.read_config(folder))
-    processor = load_processor(folder, config, min_pixels=min_pixels, max_pixels=max_pixels)
+    processor = load_processor(folder, config, **limits)
     dtype = None if dtype is None else jnp.dtype(dtype)
     if mesh is not None:
         check_heads(config, mesh)
         sharding = shardings(mesh, registry.backbone(config.model_type).shapes(config))
     base = huggingface.load_backbone(folder, config, dtype=dtype, sharding=sharding)
     bare = Model(Spec(config), base, {}, processor, folder)
+    bare = bare if beside is None else bare.with_encoder(beside)
     return bare if memory is None else bare.restore(memory)

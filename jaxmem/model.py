@@ -16,20 +16,24 @@ from jaxmem.backbones import decoder
 from jaxmem.backbones.batch import Array, Batch, rows_at
 from jaxmem.backbones.config import BackboneConfig
 from jaxmem.backbones.decoder import KeysValues, Observe, Remat, Stream
-from jaxmem.backbones.layers import rms_normalise
+from jaxmem.backbones.layers import Look, rms_normalise
 from jaxmem.backbones.ports import Ports, by_slot
 from jaxmem.backbones.registry import backbone
 from jaxmem.distributed.mesh import constrain
 from jaxmem.errors import ConfigError
-from jaxmem.memory import comem, vismem
+from jaxmem.memory import comem, fastv, vismem
 from jaxmem.memory.comem import CoMEMConfig
+from jaxmem.memory.deepstack import DeepStackConfig
+from jaxmem.memory.fastv import FastVConfig
 from jaxmem.memory.mlp_branch import MLPConfig
 from jaxmem.memory.pvm import PVMConfig
 from jaxmem.memory.registry import memory as memory_module
+from jaxmem.memory.sva import SVAConfig
 from jaxmem.memory.vision_remember import VisionRememberConfig
 from jaxmem.memory.vismem import VisMemConfig
 
-MemoryConfig = PVMConfig | MLPConfig | VisMemConfig | CoMEMConfig | VisionRememberConfig
+LookingConfig = VisionRememberConfig | DeepStackConfig | SVAConfig
+MemoryConfig = PVMConfig | MLPConfig | VisMemConfig | CoMEMConfig | LookingConfig | FastVConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,10 @@ class Spec:
 
     backbone: BackboneConfig
     memories: tuple[MemoryConfig, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuses memories that do not go together (ConfigError)."""
+        fastv.among(self.memories)
 
     @property
     def first_port_layer(self) -> int:
@@ -55,9 +63,9 @@ class Spec:
         return next((config for config in self.memories if isinstance(config, CoMEMConfig)), None)
 
     @property
-    def looking(self) -> tuple[VisionRememberConfig, ...]:
+    def looking(self) -> tuple[LookingConfig, ...]:
         """The memories that look at the tower's features again while prompts are read (`prompt_ports`)."""
-        return tuple(config for config in self.memories if isinstance(config, VisionRememberConfig))
+        return tuple(config for config in self.memories if isinstance(config, LookingConfig))
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -79,7 +87,8 @@ class Prompt:
       angle: [B, T, head_dim / 2] rotary angles.
       stream: places, documents and kinds of the tokens.
       states: per memory name, its per-prompt state (None where the prompt has no image).
-      own: ports that act on prompts, never on generated tokens: the backbone's own (DeepStack) and Vision Remember's.
+      own: ports that act on prompts, never on generated tokens: the backbone's own (DeepStack) and those of memories
+        that look at its features again (`Spec.looking`).
     """
 
     x: Array
@@ -119,10 +128,10 @@ def read_prompt(
     visual = lib.see(spec.backbone, tower, batch, remat=remat not in (False, "none"), levels=spec.levels)
     stream, own = decoder.stream_of(batch, start), lib.own_ports(visual, batch)
     for config in spec.looking:
-        own = own + memory_module(config.name).prompt_ports(config, memory[config.name], base, visual, batch)
+        own = own + memory_module(config.name).prompt_ports(config, _own(memory, config), base, visual, batch)
     rows = None if visual is None else visual.rows
     states = {
-        c.name: memory_module(c.name).prepare(c, memory[c.name], rows, jnp.asarray(batch.visual_rows), stream)
+        c.name: memory_module(c.name).prepare(c, _own(memory, c), rows, jnp.asarray(batch.visual_rows), stream)
         for c in spec.memories
     }
     positions = batch.positions if spec.comem is None else comem.positions(spec.comem, batch)
@@ -130,7 +139,20 @@ def read_prompt(
     if batch.prefix_rows is not None:
         front = prefix(spec, base, memory, batch, remat=remat, dropout=dropout)
         x = jnp.where(jnp.asarray(batch.prefix_rows)[..., None] >= 0, rows_at(front, batch.prefix_rows), x)
-    return Prompt(x, lib.rotary_angles(spec.backbone, positions), stream, states, own)
+    if batch.query_rows is not None:
+        asked = query(spec, base, memory, batch, remat=remat, dropout=dropout)
+        x = jnp.where(jnp.asarray(batch.query_rows)[..., None] >= 0, rows_at(asked, batch.query_rows), x)
+    angle = lib.rotary_angles(spec.backbone, positions)
+    if (config := fastv.among(spec.memories)) is not None and visual is not None:
+        acting = own + memory_ports(spec, memory, states, stream)
+        lost = fastv.dropped(config, spec.backbone.text, base["layers"], x, angle, stream, acting, batch)
+        states[config.name] = lost
+    return Prompt(x, angle, stream, states, own)
+
+
+def _own(memory: Any, config: MemoryConfig) -> Any:
+    """The parameters of a memory; trees leave out one that has none."""
+    return memory.get(config.name, {})
 
 
 def prefix(
@@ -148,12 +170,23 @@ def prefix(
     else:
         own = memory[spec.comem.name]
         found = comem.vectors(spec.comem, spec.backbone, base, own, batch, remat=remat, dropout=dropout)
+        found = found.astype(base["embed"].dtype)
     if found.shape[-1] != spec.backbone.text.width:
         raise ConfigError(
             f"vectors of width {found.shape[-1]} cannot stand in front of prompts of a model of width"
             f" {spec.backbone.text.width}: use the encoder of this model, or one with target_width"
         )
     return found
+
+
+def query(
+    spec: Spec, base: Any, memory: Any, batch: Batch, *, remat: Remat = False, dropout: Array | None = None
+) -> Array:
+    """The states [B, Q, D] of the prompts as CoMEM's encoder reads them; ConfigError without one."""
+    if spec.comem is None:
+        raise ConfigError("the batch has prompts for an encoder to read and the model has no CoMEM; attach one")
+    found = comem.query(spec.comem, base, memory[spec.comem.name], batch, remat=remat, dropout=dropout)
+    return found.astype(base["embed"].dtype)
 
 
 def _tower(spec: Spec, base: Any, memory: Any, batch: Batch) -> Any:
@@ -170,7 +203,7 @@ def memory_ports(
     joined = Ports()
     for config in spec.memories:
         module = memory_module(config.name)
-        joined = joined + module.ports(config, memory[config.name], states[config.name], stream, dropout)
+        joined = joined + module.ports(config, _own(memory, config), states[config.name], stream, dropout)
     return joined
 
 
@@ -212,12 +245,14 @@ def observed(
 ) -> tuple[Array, Any]:
     """`hidden_states`, and what `observe(query, keys, values, mask)` says of each layer, stacked over layers."""
     prompt = read_prompt(spec, base, memory, batch, remat=remat, dropout=dropout)
+    keys, late = fastv.keys_by_layer(spec.memories, prompt.stream, prompt.states, spec.backbone.text)
     x, (kept, _) = decoder.scan_layers(
         spec.backbone.text,
         base["layers"],
         prompt.x,
         prompt.angle,
-        decoder.among(prompt.stream, prompt.stream, observe),
+        lambda layer: decoder.among(prompt.stream, keys(*layer), observe),
+        past=(late,),
         ports=prompt.own + memory_ports(spec, memory, prompt.states, prompt.stream, dropout),
         remat=remat,
         backward_from=backward_from,
@@ -246,13 +281,20 @@ def read(spec: Spec, base: Any, memory: Any, batch: Batch, *, remat: Remat = Fal
     """Reads prompts once, for all of their continuations; arguments as for `hidden_states`."""
     prompt = read_prompt(spec, base, memory, batch, remat=remat)
     ports = prompt.own + memory_ports(spec, memory, prompt.states, prompt.stream)
-    among, keep = decoder.among(prompt.stream, prompt.stream), lambda leaf: constrain(leaf, "kept_keys")
+    keys, late = fastv.keys_by_layer(spec.memories, prompt.stream, prompt.states, spec.backbone.text)
+    keep = lambda leaf: constrain(leaf, "kept_keys")  # noqa: E731
+
+    def look(layer: Any) -> Look:
+        among = decoder.among(prompt.stream, keys(*layer))
+        return lambda query, key, value: (among(query, key, value)[0], (keep(key), keep(value)))
+
     x, (past, remembered) = decoder.scan_layers(
         spec.backbone.text,
         base["layers"],
         prompt.x,
         prompt.angle,
-        lambda query, key, value: (among(query, key, value)[0], (keep(key), keep(value))),
+        look,
+        past=(late,),
         ports=ports,
         remat=remat,
         backward_from=backward_from,
@@ -316,13 +358,14 @@ def follow(
     stream = _continuing(batch, prompt.stream, lengths, new)
     behind = jnp.broadcast_to((next_position(spec, batch)[:, None] + jnp.arange(new))[:, None], (rows, group, new))
     positions = jnp.broadcast_to(behind.reshape(rows, 1, -1), (rows, 3, group * new))
+    keys, late = fastv.keys_by_layer(spec.memories, prompt.stream, prompt.states, spec.backbone.text)
     x, _ = decoder.scan_layers(
         spec.backbone.text,
         base["layers"],
         embedded.reshape(rows, group * new, -1),
         backbone(spec.backbone.model_type).rotary_angles(spec.backbone, positions),
-        decoder.branching(prompt.stream, stream, group),
-        past=prompt.past,
+        lambda layer: decoder.branching(keys(layer[0]), stream, group)(layer[1]),
+        past=(late, prompt.past),
         ports=memory_ports(spec, memory, prompt.states, stream),
         remat=remat,
         backward_from=backward_from,

@@ -34,8 +34,10 @@ _START = "import sys; from jaxmem.analysis import study; sys.exit(study.worker(*
 
 def main(config: Any) -> int:
     """The command `jaxmem study`: runs it, prints tables and sentences, writes the report; returns the exit code."""
-    from jaxmem.analysis import study_report
+    from jaxmem.analysis import compression, study_report
 
+    if config.get("name") == "compression":
+        return compression.main(config)
     study, began = open_study(config), time.perf_counter()
     folder = Path(study.config.output)
     folder.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,8 @@ class Batch:
       patch_weights: [B, P, 4] float32 bilinear weights of those rows; zero for padding.
       patch_windows: [B, P] int32, 0 for padding, 1.. one number per attention window of a frame; None for a tower
         without windows.
+      patch_images: [B, P] int32, 0 for padding, 1.. one number per image, where its frames are tiles; None where each
+        frame is an image.
       visual_taps: [B, 4, T] int32 and
       visual_weights: [B, 4, T] float32: the visual rows that a token is a weighted sum of, where a backbone scales the
         grid down; None where each token stands for the one row of `visual_rows`.
@@ -43,6 +45,9 @@ class Batch:
         is none of them; None for a batch without such vectors.
       vectors: [B, S, D] these vectors, where they are known already (from a memory bank).
       items: the knowledge items whose embeddings they are, where they are still to be encoded: leaves [B, K, ...].
+      query_rows: [B, T] int32 index among the tokens of the row's `query`, whose last hidden state stands here, or -1;
+        None for a batch without queries.
+      query: the prompts as another backbone reads them for the one that answers (CoMEM's transfer): leaves [B, ...].
     """
 
     tokens: Array
@@ -57,12 +62,15 @@ class Batch:
     patch_table: Array
     patch_weights: Array
     patch_windows: Array | None = None
+    patch_images: Array | None = None
     visual_taps: Array | None = None
     visual_weights: Array | None = None
     question: Array | None = None
     prefix_rows: Array | None = None
     vectors: Array | None = None
     items: Batch | None = None
+    query_rows: Array | None = None
+    query: Batch | None = None
 
     @property
     def is_visual(self) -> Array:

@@ -58,6 +58,16 @@ class VisionConfig:
         return self.merge_size**2
 
     @property
+    def unit(self) -> int:
+        """Patches that belong together on a row: those of a visual token."""
+        return self.merge_unit
+
+    @property
+    def rows_per_patch(self) -> float:
+        """Visual rows that a patch becomes."""
+        return 1 / self.merge_unit
+
+    @property
     def window_patches(self) -> int:
         """Patches of a whole attention window."""
         return self.window**2 * self.merge_unit
@@ -123,6 +133,15 @@ class BackboneConfig:
     def patch_dim(self) -> int:
         """Length of one flattened patch; 0 without a vision tower."""
         return 0 if self.vision is None else self.vision.patch_dim
+
+    @property
+    def patch_unit(self) -> int:
+        """Patches that belong together: those of a visual token, or of a tile; 1 without a vision tower."""
+        return 1 if self.vision is None else self.vision.unit
+
+    def visual_rows(self, patches: float) -> float:
+        """Visual rows that so many patches become."""
+        return 0.0 if self.vision is None else patches * self.vision.rows_per_patch
 
 
 def require(source: Mapping[str, Any], key: str, where: str) -> Any:

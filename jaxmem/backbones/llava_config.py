@@ -51,6 +51,21 @@ class TileVision:
         return self.tower.patch_dim
 
     @property
+    def unit(self) -> int:
+        """Patches that belong together on a row: those of a tile."""
+        return self.tile_patches
+
+    @property
+    def rows_per_patch(self) -> float:
+        """Visual rows that a patch becomes."""
+        return self.projector.tokens / self.tile_patches
+
+    @property
+    def depth_used(self) -> int:
+        """Blocks of the tower that the projector's features pass."""
+        return max(encoder.resolve((*self.feature_layers, *self.projector.layers), self.tower.depth))
+
+    @property
     def window(self) -> int:
         """0: the tower's blocks look at whole tiles."""
         return 0

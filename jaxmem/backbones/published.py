@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from jaxmem.backbones.config import BackboneConfig, TextConfig, VisionConfig
+from jaxmem.backbones.llava_config import TileVision
+from jaxmem.backbones.projectors import ProjectorConfig
+from jaxmem.backbones.vit import ViTConfig
 
 _IDS = (151_655, 151_656, 151_652, 151_653)
 _SMALL = {"depth": 24, "width": 1024, "mlp_width": 4096, "heads": 16, "taps": (5, 11, 17)}
@@ -45,6 +48,22 @@ def _qwen2_5_vl(*sizes: int, tower: int, tied: bool = False) -> BackboneConfig:
     return BackboneConfig("qwen2_5_vl", text, vision, *_IDS, timed_video=False, positions_per_second=2.0)
 
 
+def _llava_vr(layers: int, width: int, mlp: int, heads: int, kv_heads: int, ratio: int) -> BackboneConfig:
+    """Qwen2 and CLIP-L/14 at 336 pixels, joined by `jaxmem assemble --projector=avgpool`."""
+    half = width // heads // 2
+    text = TextConfig(
+        layers, width, mlp, heads, kv_heads, head_dim=2 * half, vocab=151_936, tied=True, rope_theta=1e6,
+        rope_section=(half, 0, 0), rope_interleaved=False, max_positions=32_768, qk_norm=False, qkv_bias=True,
+    )  # fmt: skip
+    tower = ViTConfig(
+        width=1024, depth=24, heads=16, mlp_width=4096, act="quick_gelu", norm_eps=1e-5, image_size=336, patch_size=14
+    )
+    points = tuple((336 * rows, 336 * columns) for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)))
+    projector = ProjectorConfig("avgpool", 1024, width, tower.side, ratio=ratio)
+    vision = TileVision(tower, projector, (-2,), False, "anyres", points)
+    return BackboneConfig("llava_next", text, vision, image_token=151_646)
+
+
 PUBLISHED: Mapping[str, BackboneConfig] = {
     "Qwen2-VL-2B-Instruct": _qwen2_vl(28, 1536, 8960, 12, 2, tied=True),
     "Qwen2-VL-7B-Instruct": _qwen2_vl(28, 3584, 18944, 28, 4),
@@ -57,5 +76,6 @@ PUBLISHED: Mapping[str, BackboneConfig] = {
     "Qwen3-VL-4B-Instruct": _qwen3_vl(36, 2560, 9728, 32, True, _SMALL),
     "Qwen3-VL-8B-Instruct": _qwen3_vl(36, 4096, 12288, 32, False, _LARGE),
     "Qwen3-VL-32B-Instruct": _qwen3_vl(64, 5120, 25600, 64, False, _LARGE),
+    "LLaVA-VR-2B": _llava_vr(28, 1536, 8960, 12, 2, ratio=2),
 }
 """Name of the folder on the hub to its architecture."""

@@ -6,7 +6,7 @@ embed [V, D], layers (stacked), norm, head [V, D] (absent when tied), visual (`v
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -108,7 +108,7 @@ def init(key: Array, config: BackboneConfig, dtype: Any = jnp.float32) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), base)
 
 
-def init_decoder(keys: Sequence[Array], t: TextConfig) -> dict[str, Any]:
+def init_decoder(keys: Any, t: TextConfig) -> dict[str, Any]:
     """The float32 weights of `init` without a vision tower; `keys` are three."""
     embed_key, head_key, layer_key = keys
     x, angle, mask = jnp.zeros((1, 1, t.width)), jnp.zeros((1, 1, t.head_dim // 2)), jnp.ones((1, 1, 1), bool)

@@ -207,9 +207,7 @@ def _levels(config: VisionConfig, levels: tuple[int, ...]) -> tuple[int, ...]:
     """Levels counted from 1. Raises ConfigError for one that does not exist."""
     found = encoder.resolve(levels, config.depth) if levels else ()
     if 0 in found:
-        raise ConfigError(
-            f"vision levels {list(levels)}: this tower keeps the outputs of blocks 1 to {config.depth}"
-        )
+        raise ConfigError(f"vision levels {list(levels)}: this tower keeps the outputs of blocks 1 to {config.depth}")
     return found
 
 

@@ -33,6 +33,7 @@ def assemble(
     output: str | Path,
     *,
     projector: Mapping[str, Any] | None = None,
+    weights: Any = None,
     aspect: str = "anyres",
     seed: int = 0,
     dtype: Any = None,
@@ -45,6 +46,7 @@ def assemble(
       vision: of a CLIP or SigLIP, with its preprocessor_config.json.
       output: must not exist yet, or be empty.
       projector: of `ProjectorConfig`, such as {"name": "avgpool", "ratio": 2}; LLaVA's two maps when None.
+      weights: of the projector, in the layout of `projectors.init`; fresh ones when None.
       aspect: "anyres" or "single".
       seed: of projector and newline, whose maps are N(0, 0.02^2).
       dtype: of the weights; None keeps what each part stores.
@@ -71,9 +73,10 @@ def assemble(
     config = registry.config_from_hf(hf)
     base = huggingface.load_backbone(text, decoder, dtype=dtype)
     base = _grown(base, vocab)
-    fresh = jax.tree.map(lambda leaf: leaf.astype(base["embed"].dtype), llava.fresh(jax.random.key(seed), config))
+    between = llava.fresh(jax.random.key(seed), config) | ({} if weights is None else {"projector": weights})
+    between = jax.tree.map(lambda leaf: leaf.astype(base["embed"].dtype), between)
     output.mkdir(parents=True, exist_ok=True)
-    huggingface.save_backbone(output, base | fresh | {"visual": tower["visual"]}, config, hf_config=hf)
+    huggingface.save_backbone(output, base | between | {"visual": tower["visual"]}, config, hf_config=hf)
     tokenizer.save_pretrained(str(output))
     (output / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
     write_json(output / "preprocessor_config.json", _images(vision, seen, hf))

@@ -32,8 +32,14 @@ def backbone_identity(config: BackboneConfig) -> dict[str, Any]:
 
 
 def memory_identity(config: Any) -> dict[str, Any]:
-    """A memory's settings (a frozen dataclass with a field `name`) as JSON: tuples are lists."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    """A memory's settings (a frozen dataclass with a field `name`) as JSON: tuples are lists.
+
+    A field whose metadata say "later" is left out at its default: files from before it was there stay valid.
+    """
+    new = [field for field in dataclasses.fields(config) if field.metadata.get("later")]
+    left_out = {field.name for field in new if getattr(config, field.name) == field.default}
+    held = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
+    return json.loads(json.dumps(held, default=str))
 
 
 def run_identity(backbone: BackboneConfig, memories: Sequence[Any] = ()) -> dict[str, Any]:

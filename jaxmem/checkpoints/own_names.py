@@ -9,7 +9,7 @@ import jax
 from jaxmem.checkpoints.table import Rule, Table, flatten
 from jaxmem.memory.registry import memory
 
-NAMES = ("vismem", "comem", "vision_remember")
+NAMES = ("vismem", "comem", "vision_remember", "deepstack", "sva", "fastv")
 
 
 def table(config: Any) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +52,7 @@ class Written:
     mask: np.ndarray
     question: np.ndarray | None = None
 
-    def repeated(self, repeats: np.ndarray) -> dict[str, np.ndarray]:
+    def repeated(self, repeats: np.ndarray) -> dict[str, Any]:
         """The per-token fields of an Example, token i `repeats[i]` times."""
         again = {"tokens": np.repeat(self.tokens, repeats), "loss_mask": np.repeat(self.mask, repeats)}
         return again if self.question is None else again | {"question": np.repeat(self.question, repeats)}
@@ -118,6 +119,9 @@ def join_tiles(prompt: Written, places: Placeholders, pictures: Sequence[Tiled],
         patch_table=np.zeros((count, 4), np.int32),
         patch_weights=np.zeros((count, 4), np.float32),
         images=tuple((1, picture.layout.count) for picture in pictures),
+        patch_images=np.concatenate(
+            [np.zeros(0, np.int32), *(np.full(len(one.patches), i, np.int32) for i, one in enumerate(pictures, 1))]
+        ),
         visual_taps=taps if blended else None,
         visual_weights=weights if blended else None,
         unit=unit,

@@ -13,7 +13,7 @@ from jaxmem.backbones.batch import Batch
 from jaxmem.data.example import Example
 from jaxmem.errors import ConfigError, DataError
 
-_PER_TOKEN = {
+PER_TOKEN = {
     "tokens": 0,
     "positions": 0,
     "loss_mask": 0,
@@ -22,9 +22,19 @@ _PER_TOKEN = {
     "visual_taps": 0,
     "visual_weights": 0,
     "question": 0,
-}  # field: value of its padding
-_OPTIONAL = ("prefix_rows", "visual_taps", "visual_weights", "question")
-_PER_PATCH = ("patches", "patch_segments", "patch_coords", "patch_table", "patch_weights", "patch_windows")
+    "query_rows": -1,
+}
+"""Fields of an Example whose last axis is its tokens, and the values of their padding."""
+_OPTIONAL = ("prefix_rows", "query_rows", "visual_taps", "visual_weights", "question")
+_PER_PATCH = (
+    "patches",
+    "patch_segments",
+    "patch_coords",
+    "patch_table",
+    "patch_weights",
+    "patch_windows",
+    "patch_images",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +47,7 @@ class Buckets:
         without patches has P = 0 and needs no bucket.
       items: allowed numbers of knowledge items per row, ascending.
       item_tokens, item_patches: allowed lengths of an item; empty is those of a row.
+      query_tokens: allowed lengths of a query, which an encoder of its own reads; empty is those of a row.
     """
 
     tokens: tuple[int, ...] = tuple(64 * 2**k for k in range(10))
@@ -44,12 +55,13 @@ class Buckets:
     items: tuple[int, ...] = (1, 2, 3, 5, 10, 20, 30, 50, 100)
     item_tokens: tuple[int, ...] = ()
     item_patches: tuple[int, ...] = ()
+    query_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "patches", "items", "item_tokens", "item_patches"):
+        for name in ("tokens", "patches", "items", "item_tokens", "item_patches", "query_tokens"):
             lengths = tuple(getattr(self, name))
-            if name.startswith("item_") and not lengths:
-                lengths = getattr(self, name.removeprefix("item_"))
+            if name.startswith(("item_", "query_")) and not lengths:
+                lengths = getattr(self, name.partition("_")[2])
             if not lengths or lengths[0] < 1 or list(lengths) != sorted(set(lengths)):
                 raise ConfigError(f"buckets.{name} must be positive and ascending, got {lengths}")
             object.__setattr__(self, name, lengths)
@@ -67,6 +79,11 @@ class Buckets:
     def of_items(self) -> Buckets:
         """The lengths that items may have."""
         return Buckets(self.item_tokens, self.item_patches)
+
+    @property
+    def of_queries(self) -> Buckets:
+        """The lengths that queries may have."""
+        return Buckets(self.query_tokens, self.patches)
 
 
 def _fit(count: int, lengths: tuple[int, ...], what: str, where: str, advice: str) -> int:
@@ -106,7 +123,7 @@ def collate(
     buckets = buckets or Buckets()
     width, patches = _shape(examples, buckets)
     starts = [width - len(row) if padding == "left" else 0 for row in examples]
-    fill = _PER_TOKEN | {"tokens": pad_token}
+    fill = PER_TOKEN | {"tokens": pad_token}
     fields: dict[str, Any] = {
         name: _stack([getattr(row, name) for row in examples], starts, width, fill[name])
         for name in fill
@@ -119,7 +136,7 @@ def collate(
         if getattr(examples[0], name) is not None:
             fields[name] = _stack_patches([getattr(row, name) for row in examples], patches)
     segments = _stack([np.ones(len(row), np.int32) for row in examples], starts, width, 0)
-    fields |= _prefixes(examples, buckets, pad_token, starts, width)
+    fields |= _prefixes(examples, buckets, starts, width) | _queries(examples, buckets, starts, width)
     return Batch(segments=segments, blind=_blind(blind, len(examples)), **fields)
 
 
@@ -135,19 +152,16 @@ def _or_plain(row: Example, name: str) -> np.ndarray:
     return np.broadcast_to(np.maximum(row.visual_rows, 0), shape)
 
 
-def _prefixes(
-    examples: Sequence[Example], buckets: Buckets, pad_token: int, starts: list[int], width: int
-) -> dict[str, Any]:
+def _prefixes(examples: Sequence[Example], buckets: Buckets, starts: list[int], width: int) -> dict[str, Any]:
     """What stands in front of the prompts: where, and the vectors or the items that they come from."""
     if all(row.prefix_rows is None for row in examples):
         return {}
     if any(row.items for row in examples) and any(row.vectors is not None for row in examples):
         raise DataError("some rows bring knowledge items and some their vectors; encode the items of all, or of none")
-    absent = lambda row: np.full(len(row), -1, np.int32)  # noqa: E731
-    places = [absent(row) if row.prefix_rows is None else row.prefix_rows for row in examples]
+    places = [_absent(row) if row.prefix_rows is None else row.prefix_rows for row in examples]
     found: dict[str, Any] = {"prefix_rows": _stack(places, starts, width, -1)}
     if any(row.items for row in examples):
-        return found | {"items": _items(examples, buckets, pad_token)}
+        return found | {"items": _items(examples, buckets)}
     given = [row.vectors for row in examples if row.vectors is not None]
     size = max(len(vectors) for vectors in given)
     rows = np.zeros((len(examples), size, given[0].shape[-1]), given[0].dtype)
@@ -157,27 +171,52 @@ def _prefixes(
     return found | {"vectors": rows}
 
 
-def _items(examples: Sequence[Example], buckets: Buckets, pad_token: int) -> Batch:
-    """The items of all rows, leaves [B, K, ...]; rows with fewer have items of padding behind theirs."""
+def _absent(row: Example) -> np.ndarray:
+    """[T] int32: no token of the row stands for a vector."""
+    return np.full(len(row), -1, np.int32)
+
+
+def _queries(examples: Sequence[Example], buckets: Buckets, starts: list[int], width: int) -> dict[str, Any]:
+    """What an encoder of its own reads of the prompts, leaves [B, ...], and where its states stand."""
+    if all(row.query is None for row in examples):
+        return {}
+    queries = [row.query for row in examples if row.query is not None]
+    if len(queries) < len(examples):
+        raise DataError("some rows bring a query for the encoder and some do not: encode them with one model")
+    places = [_absent(row) if row.query_rows is None else row.query_rows for row in examples]
+    return {"query_rows": _stack(places, starts, width, -1), "query": collate(queries, buckets.of_queries)}
+
+
+def _items(examples: Sequence[Example], buckets: Buckets) -> Batch:
+    """The items of all rows, leaves [B, K, ...]; rows with fewer have items of padding behind theirs.
+
+    They may be of another vocabulary than the rows, so their padding is token 0, which every vocabulary has.
+    """
     most = max(range(len(examples)), key=lambda i: len(examples[i].items))
     advice = "give it fewer items or add a larger number to buckets.items"
     count = _fit(len(examples[most].items), buckets.items, "items", f"row {most}", advice)
     first = next(item for row in examples for item in row.items)
-    cut = {name: getattr(first, name)[..., :0] for name in ("tokens", "positions", "loss_mask", "visual_rows")}
-    cut |= {name: getattr(first, name)[:0] for name in _PER_PATCH if getattr(first, name) is not None}
-    empty = dataclasses.replace(first, **cut, images=())
+    cut = {name: getattr(first, name)[:0] for name in _PER_PATCH if getattr(first, name) is not None}
+    empty = dataclasses.replace(first.upto(0), **cut, images=())
     flat = [item for row in examples for item in (*row.items, *[empty] * (count - len(row.items)))]
-    batch = collate(flat, buckets.of_items, pad_token)
+    batch = collate(flat, buckets.of_items)
     return jax.tree.map(lambda leaf: leaf.reshape((len(examples), count, *leaf.shape[1:])), batch)
 
 
-def widen(batch: Batch, tokens: int, patches: int, items: tuple[int, int, int] = (0, 0, 0)) -> Batch:
+def widen(
+    batch: Batch,
+    tokens: int,
+    patches: int,
+    items: tuple[int, int, int] = (0, 0, 0),
+    query: tuple[int, int] = (0, 0),
+) -> Batch:
     """The batch with token and patch axes padded on the right to given lengths: the same rows in a larger bucket.
 
     Args:
       batch: numpy arrays.
       tokens, patches: T and P.
       items: number, T and P of the items; for a batch with items alone.
+      query: T and P of the queries; for a batch with queries alone.
     """
 
     def padded(name: str, axis: int, length: int, fill: int) -> np.ndarray:
@@ -186,12 +225,14 @@ def widen(batch: Batch, tokens: int, patches: int, items: tuple[int, int, int] =
         width[axis] = (0, length - leaf.shape[axis])
         return np.pad(leaf, width, constant_values=fill)
 
-    per_token = (_PER_TOKEN | {"segments": 0}).items()
+    per_token = (PER_TOKEN | {"segments": 0}).items()
     fields: dict[str, Any] = {
         name: padded(name, -1, tokens, fill) for name, fill in per_token if getattr(batch, name) is not None
     }
     if batch.items is not None:
         fields["items"] = _widen_items(batch.items, *items)
+    if batch.query is not None:
+        fields["query"] = widen(batch.query, *query)
     held = [name for name in _PER_PATCH if getattr(batch, name) is not None]
     fields |= {name: padded(name, 1, patches, 0) for name in held}
     return dataclasses.replace(batch, **fields)

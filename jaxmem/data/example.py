@@ -6,6 +6,18 @@ import dataclasses
 
 import numpy as np
 
+PER_TOKEN = (
+    "tokens",
+    "positions",
+    "loss_mask",
+    "visual_rows",
+    "prefix_rows",
+    "visual_taps",
+    "visual_weights",
+    "question",
+)
+"""Fields whose last axis is T."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
@@ -24,12 +36,15 @@ class Example:
       patch_table: [P, 4] int32.
       patch_weights: [P, 4] float32.
       patch_windows: [P] int32, or None for a tower without windows.
+      patch_images: [P] int32 number of the image, where its frames are tiles; None where a frame is an image.
       prefix_rows: [T] int32 index among the vectors in front of the row, or -1; None without such vectors.
       items: the knowledge items whose embeddings these vectors are, or
       vectors: [S, D] the vectors themselves.
       visual_taps: [4, T] int32 and
       visual_weights: [4, T] float32: the visual rows that a token is a weighted sum of; None where each stands for one.
       question: [T] bool, the tokens of the first user turn's text; None where nobody asks for them.
+      query_rows: [T] int32 index among the tokens of `query`, or -1; None without one.
+      query: the row's prompt as another backbone reads it for the one that answers.
       images: merged (rows, columns) per image and per temporal patch of a video, in the order of the tokens.
       unit: patches that become one visual token, or are one tile: a batch holds a multiple of them.
     """
@@ -45,12 +60,15 @@ class Example:
     patch_weights: np.ndarray
     images: tuple[tuple[int, int], ...] = ()
     patch_windows: np.ndarray | None = None
+    patch_images: np.ndarray | None = None
     prefix_rows: np.ndarray | None = None
     items: tuple[Example, ...] = ()
     vectors: np.ndarray | None = None
     visual_taps: np.ndarray | None = None
     visual_weights: np.ndarray | None = None
     question: np.ndarray | None = None
+    query_rows: np.ndarray | None = None
+    query: Example | None = None
     unit: int = 1
 
     def __len__(self) -> int:
@@ -61,3 +79,8 @@ class Example:
     def visual_count(self) -> int:
         """Number of tokens that stand for merged visual rows."""
         return int((self.visual_rows >= 0).sum())
+
+    def upto(self, end: int) -> Example:
+        """The row without its tokens from `end` on; patches stay."""
+        held = [name for name in PER_TOKEN if getattr(self, name) is not None]
+        return dataclasses.replace(self, **{name: getattr(self, name)[..., :end] for name in held})

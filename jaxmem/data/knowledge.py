@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from jaxmem.data.batching import PER_TOKEN
 from jaxmem.data.example import Example
 from jaxmem.data.images import load_image
 from jaxmem.data.processor import Processor
@@ -25,7 +26,7 @@ def encode_item(processor: Processor, config: CoMEMConfig, item: Any, where: str
     A user turn with the images and a constant suffix, and an assistant turn with the text, without any system turn.
 
     Args:
-      processor: of the backbone.
+      processor: of the backbone that reads items.
       config: says suffix, limits and image sizes.
       item: with `.images` and `.text`, or a mapping with "image" or "images" and "text".
       where: how errors call the item.
@@ -97,18 +98,25 @@ def behind_vectors(example: Example, vectors: np.ndarray, order: str, pad_token:
 
 
 def _behind(example: Example, count: int, each: int, order: str, pad_token: int) -> Example:
-    """The row moved behind count * each slots, whose positions are 0, 1, 2, ... on all axes."""
-    slots = count * each
-    place = np.arange(slots, dtype=np.int32)
+    """The row behind the slots of its items' vectors."""
+    place = np.arange(count * each, dtype=np.int32)
     index = place if order == "rank" else place.reshape(count, each)[::-1].reshape(-1)
-    before = lambda value, leaf: np.concatenate([np.full(slots, value, leaf.dtype), leaf])  # noqa: E731
+    rows = np.concatenate([index, np.full(len(example), -1)]).astype(np.int32)
+    return dataclasses.replace(moved(example, count * each, pad_token), prefix_rows=rows)
+
+
+def moved(example: Example, slots: int, pad_token: int) -> Example:
+    """The row behind `slots` places for vectors, whose positions are 0, 1, 2, ... on all axes."""
+
+    def before(name: str, leaf: np.ndarray, fill: int) -> np.ndarray:
+        own = np.full((*leaf.shape[:-1], slots), pad_token if name == "tokens" else fill, leaf.dtype)
+        return np.concatenate([own, leaf], axis=-1)
+
+    held = {name: getattr(example, name) for name in PER_TOKEN if getattr(example, name) is not None}
+    fields: dict[str, Any] = {name: before(name, leaf, PER_TOKEN[name]) for name, leaf in held.items()}
+    place = np.broadcast_to(np.arange(slots, dtype=np.int32), (3, slots))
     return dataclasses.replace(
-        example,
-        tokens=before(pad_token, example.tokens),
-        positions=np.concatenate([np.broadcast_to(place, (3, slots)), example.positions + slots], axis=1),
-        loss_mask=before(0, example.loss_mask),
-        visual_rows=before(-1, example.visual_rows),
-        prefix_rows=np.concatenate([index, np.full(len(example), -1)]).astype(np.int32),
+        example, **fields | {"positions": np.concatenate([place, example.positions + slots], axis=1)}
     )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxmem.errors import DataError
@@ -128,24 +131,34 @@ def text_runs(chat: Sequence[dict[str, Any]]) -> list[list[tuple[dict[str, Any],
     return [run for run in runs if run]
 
 
-def question_spans(rendered: str, chat: Sequence[dict[str, Any]], where: str) -> list[tuple[int, int]]:
-    """(start, end) in a rendered chat of every text of its first user turn.
+def question_spans(
+    rendered: str, chat: Sequence[dict[str, Any]], render: Callable[[list[dict[str, Any]]], str], where: str
+) -> list[tuple[int, int]]:
+    """(start, end) in a rendered chat of every text of its first user turn, without the space around it.
+
+    The texts are put between two marks and rendered once more: a search would find short ones in the template's own
+    words.
+
+    Args:
+      rendered: `render(chat)`.
+      chat: as `take_apart` gives it.
+      render: messages -> the whole text.
+      where: how errors call the chat.
 
     Raises:
       DataError: the chat has no such text, or the chat template rewrites it.
     """
     first = next((i for i, message in enumerate(chat) if message["role"] == "user"), None)
-    place = len(chat) if first is None else first
-    texts = lambda some: [holder[key].strip() for run in text_runs(some) for holder, key in run]  # noqa: E731
-    before, asked = texts(list(chat[:place])), texts(list(chat[place : place + 1]))
-    if not any(asked):
+    turn = [] if first is None else [copy.deepcopy(chat[first])]
+    texts = [(holder, key) for run in text_runs(turn) for holder, key in run if holder[key].strip()]
+    if first is None or not texts:
         raise DataError(f"{where} has no text in its first user turn, and a memory reads the question there; add one")
-    at, spans = 0, []
-    for i, text in enumerate([*before, *asked]):
-        at = rendered.find(text, at)
-        if at < 0:
-            raise DataError(f"the chat template rewrites the first question of {where}, so that it cannot be found")
-        if i >= len(before) and text:
-            spans.append((at, at + len(text)))
-        at += len(text)
-    return spans
+    start, end = [chr(code) for code in range(0xE000, 0xF900) if chr(code) not in rendered][:2]
+    for holder, key in texts:
+        core = holder[key].strip()
+        holder[key] = holder[key].replace(core, f"{start}{core}{end}", 1)
+    pieces = re.split(f"[{start}{end}]", render([*chat[:first], *turn, *chat[first + 1 :]]))
+    if "".join(pieces) != rendered or len(pieces) != 2 * len(texts) + 1:
+        raise DataError(f"the chat template rewrites the first question of {where}, so that it cannot be found")
+    ends = list(itertools.accumulate(map(len, pieces)))
+    return list(zip(ends[:-1:2], ends[1::2], strict=True))

@@ -55,6 +55,7 @@ class Processor:
         since 5.10 does; False drops the pair, as the processor released with Qwen3-VL did. Videos without a time line
         (Qwen2-VL, Qwen2.5-VL) stand in the template's pair always.
       mark_question: rows say which tokens are the first question's, for memories that read it.
+      encoder: the processor of the model that reads knowledge items and prompts for this one; None where this one does.
     """
 
     tokenizer: Any
@@ -65,6 +66,12 @@ class Processor:
     pad_token: int
     video_wrapper: bool = True
     mark_question: bool = False
+    encoder: Processor | None = None
+
+    @property
+    def reader(self) -> Processor:
+        """What encodes knowledge items."""
+        return self.encoder or self
 
     def encode(
         self,
@@ -99,12 +106,14 @@ class Processor:
         chat = self._open(messages, images, where)
         rendered = self._render(chat, len(chat.messages), add_generation_prompt)
         spans = self._assistant_spans(chat, rendered, newline)
-        return self._assemble(self._tokenise(rendered, spans, chat), chat)
+        asked = self._question(chat, rendered, add_generation_prompt) if self.mark_question else None
+        return self._assemble(self._tokenise(rendered, spans, asked, chat), chat)
 
     def encode_as(
         self, messages: Sequence[Message], written: Callable[[list[dict[str, Any]]], str], where: str = "the chat"
     ) -> Example:
-        """Encodes a chat in a format of its own instead of the chat template's; none of its tokens is supervised.
+        """Encodes a chat in a format of its own instead of the chat template's, as what is not asked about: none of its
+        tokens is supervised, or marked as a question.
 
         Args:
           messages: as in `encode`.
@@ -113,7 +122,7 @@ class Processor:
           where: how errors call the chat.
         """
         chat = self._open(messages, None, where)
-        return self._assemble(self._tokenise(written(chat.messages), [], chat), chat)
+        return self._assemble(self._tokenise(written(chat.messages), [], None, chat), chat)
 
     @property
     def image_placeholder(self) -> tuple[str, str, str]:
@@ -239,9 +248,15 @@ class Processor:
             spans.append((len(before), end + (newline and after[end : end + 1] == "\n")))
         return spans
 
-    def _tokenise(self, rendered: str, spans: list[tuple[int, int]], chat: _Chat) -> Written:
-        """A rendered chat as tokens, one per placeholder."""
-        asked = question_spans(rendered, chat.messages, chat.where) if self.mark_question else []
+    def _question(self, chat: _Chat, rendered: str, prompt: bool) -> list[tuple[int, int]]:
+        """(start, end) in `rendered` of each text of the first user turn."""
+        render = lambda messages: self._render(dataclasses.replace(chat, messages=messages), len(messages), prompt)  # noqa: E731
+        return question_spans(rendered, chat.messages, render, chat.where)
+
+    def _tokenise(
+        self, rendered: str, spans: list[tuple[int, int]], asked: list[tuple[int, int]] | None, chat: _Chat
+    ) -> Written:
+        """A rendered chat as tokens, one per placeholder; `spans` are supervised, `asked` are the question."""
         tokens: list[int] = []
         mask: list[float] = []
         question: list[bool] = []
@@ -254,14 +269,14 @@ class Processor:
                         piece,
                         add_special_tokens=False,
                         split_special_tokens=plain,
-                        return_offsets_mapping=self.mark_question,
+                        return_offsets_mapping=asked is not None,
                     )
                 tokens += found["input_ids"]
                 mask += [weight] * len(found["input_ids"])
                 for start, end in found.get("offset_mapping", ()):
-                    question.append(any(at + start < stop and at + end > begin for begin, stop in asked))
+                    question.append(any(at + start < stop and at + end > begin for begin, stop in asked or ()))
                 at += len(piece)
-        marked = np.asarray(question, bool) if self.mark_question else None
+        marked = None if asked is None else np.asarray(question, bool)
         return Written(np.asarray(tokens, np.int32), np.asarray(mask, np.float32), marked)
 
     def _assemble(self, prompt: Written, chat: _Chat) -> Example:

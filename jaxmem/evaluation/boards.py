@@ -8,7 +8,6 @@ Axis letters: B boards of a batch, R reads of a board, A tokens of an answer, T 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -99,9 +98,7 @@ def _placed(model: Model, condition: Condition, boards: Sequence[Board], rows: l
 
 def prompt_of(example: Example) -> Example:
     """The part in front of the first supervised token, which is where generation starts; it holds all images."""
-    end = int(np.argmax(example.loss_mask > 0))
-    cut = {name: getattr(example, name)[..., :end] for name in ("tokens", "positions", "loss_mask", "visual_rows")}
-    return dataclasses.replace(example, **cut)
+    return example.upto(int(np.argmax(example.loss_mask > 0)))
 
 
 def _width(lengths: Sequence[int]) -> int:

@@ -5,9 +5,14 @@ The backbone with LoRA factors reads an item (`item_encoder`), a Q-Former compre
 the positions 0, 1, 2, ...; the prompt's own positions follow. The model that answers is the bare backbone. Items do not
 depend on questions: their embeddings can be kept (`jaxmem.retrieval.bank`).
 
+In the transfer to a text-only model (section 4) the encoder is a second backbone, whose weights lie beside those of
+the model that answers, at base["encoder"]. It reads the prompt too, for the model that cannot see it: the last hidden
+states of the prompt (and of nothing behind it: `jaxmem.data.query`) stand between the items' vectors and the text.
+
 Parameters: encoder (LoRA factors at the paths of the kernels), q_former (`q_former.init`), and adapter {kernel [D, W]},
 where the model that answers has another width W than the encoder.
-Axis letters: B rows, K items of a row, N items, L tokens of an item, M vectors of an item, T tokens, D width.
+Axis letters: B rows, K items of a row, N items, L tokens of an item, M vectors of an item, T tokens, Q tokens of a
+prompt as the encoder reads it, D width of the encoder, W width of the model that answers.
 """
 
 from __future__ import annotations
@@ -31,6 +36,8 @@ from jaxmem.memory.q_former import QFormerConfig
 
 PARTS = ("layers", "visual/blocks", "visual/merger", "visual/deepstack")
 """Parts of a backbone whose kernels get factors by default: all but the patch embedding and the head."""
+LATER = {"later": True}
+"""Of fields that older files lack: at their defaults they are left out of what identifies a memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +62,8 @@ class CoMEMConfig:
       decode_shift: positions that generated tokens are moved by, instead of the vectors' number: 8000 or 4000 in the
         released code; None is right.
       bf16_positions: positions lose digits, as in the released code.
+      encoder: the backbone that reads items, where it is not the model that answers.
+      query: such an encoder reads the prompts too; otherwise a model that cannot see images gets the text alone.
     """
 
     width: int
@@ -80,6 +89,8 @@ class CoMEMConfig:
     query_tower: Literal["frozen", "encoder"] = "frozen"
     decode_shift: int | None = None
     bf16_positions: bool = False
+    encoder: BackboneConfig | None = dataclasses.field(default=None, metadata=LATER)
+    query: bool = dataclasses.field(default=True, metadata=LATER)
     name: str = "comem"
 
     @property
@@ -106,8 +117,9 @@ def create(backbone: BackboneConfig, **overrides: Any) -> CoMEMConfig:
     """The CoMEM that fits a backbone.
 
     Args:
-      backbone: gives the sizes; heads of the Q-Former are width / 16 wide, as published, unless `head_dim` says else.
-      **overrides: fields of CoMEMConfig.
+      backbone: of the model that answers.
+      **overrides: fields of CoMEMConfig. The encoder (the backbone itself without one) gives the sizes; heads of the
+        Q-Former are width / 16 wide, as published, unless `head_dim` says else.
 
     Raises:
       ConfigError: an unknown field, or values that do not fit.
@@ -117,19 +129,54 @@ def create(backbone: BackboneConfig, **overrides: Any) -> CoMEMConfig:
         raise ConfigError(
             f"comem has no setting {', '.join(unknown)}; it has {', '.join(sorted(fields - {'kernels'}))}"
         )
-    width = backbone.text.width
-    heads = overrides.get("heads", 16)
+    encoder = overrides.get("encoder")
+    if not isinstance(encoder, BackboneConfig | None):
+        raise ConfigError(
+            "comem.encoder is not a folder: put the model that reads items beside the one that answers"
+            " (model.with_encoder(...), in a training run config.encoder)"
+        )
+    reads, heads = encoder or backbone, overrides.get("heads", 16)
+    width = reads.text.width
     settings: dict[str, Any] = {
-        "target_width": width,
+        "target_width": backbone.text.width,
         "head_dim": max(1, width // max(1, heads)),
         **overrides,
         "width": width,
         "parts": tuple(overrides.get("parts", PARTS)),
     }
-    adapted = item_encoder.kernels(backbone, settings["parts"]) if settings.get("rank", 16) else ()
+    adapted = item_encoder.kernels(reads, settings["parts"]) if settings.get("rank", 16) else ()
     config = CoMEMConfig(**(settings | {"kernels": adapted}))
-    _check(config, backbone)
+    _check(config, reads)
+    _check_transfer(config, backbone)
     return config
+
+
+def transferred(config: CoMEMConfig, encoder: BackboneConfig, backbone: BackboneConfig) -> CoMEMConfig:
+    """A CoMEM of the model `encoder`, as it is or trained, for `backbone` to answer behind.
+
+    Raises:
+      ConfigError: its vectors have another width, or its switches do not apply to another model.
+    """
+    config = dataclasses.replace(config, encoder=encoder)
+    _check_transfer(config, backbone)
+    return config
+
+
+def _check_transfer(config: CoMEMConfig, backbone: BackboneConfig) -> None:
+    """Raises ConfigError for an encoder whose vectors cannot stand in front of the backbone's prompts."""
+    if config.encoder is None:
+        return
+    if config.target_width != backbone.text.width:
+        raise ConfigError(
+            f"comem: vectors of width {config.target_width} (encoder {config.encoder.model_type}, width {config.width})"
+            f" cannot stand in front of prompts of {backbone.model_type}, width {backbone.text.width}: set"
+            f" target_width to {backbone.text.width}, which puts a linear map behind an encoder of another width"
+        )
+    if config.query_tower != "frozen" or config.decode_shift is not None or config.bf16_positions:
+        raise ConfigError(
+            "comem: query_tower, decode_shift and bf16_positions repeat what the released code does where the encoder"
+            " answers itself; leave them at their defaults with an encoder beside the model"
+        )
 
 
 def _check(config: CoMEMConfig, backbone: BackboneConfig) -> None:
@@ -173,6 +220,10 @@ def shares(config: CoMEMConfig, backbone: BackboneConfig) -> str:
     own = jax.eval_shape(lambda: init(jax.random.key(0), config))
     trained, parts = size(own), ", ".join(f"{name} {size(part):,}" for name, part in own.items())
     copy = size(registry.backbone(backbone.model_type).shapes(backbone))
+    if config.encoder is not None:
+        both = copy + size(registry.backbone(config.encoder.model_type).shapes(config.encoder))
+        share = f"{trained / (both + trained):.2%}".replace("%", " %")
+        return f"{trained:,} parameters train ({parts}): {share} of encoder, target and these"
     return (
         f"{trained:,} parameters train ({parts}): {trained / copy:.2%} of the backbone, or"
         f" {trained / (2 * copy + trained):.2%} of two copies and these, as the paper counts its 200 M (1.2%)"
@@ -180,9 +231,9 @@ def shares(config: CoMEMConfig, backbone: BackboneConfig) -> str:
 
 
 def weights(config: CoMEMConfig, base: Any, params: Any, dropout: Array | None = None) -> Any:
-    """The encoder's weights: the backbone's with the factors beside them."""
-    scale = config.alpha / max(1, config.rank)
-    return item_encoder.adapted(base, params.get("encoder", {}), scale, config.dropout, dropout)
+    """The encoder's weights: those of the backbone that reads items, with the factors beside them."""
+    scale, reads = config.alpha / max(1, config.rank), base if config.encoder is None else base["encoder"]
+    return item_encoder.adapted(reads, params.get("encoder", {}), scale, config.dropout, dropout)
 
 
 def encode(
@@ -199,7 +250,7 @@ def encode(
 
     Args:
       config, backbone: static.
-      base, params: the backbone's weights and CoMEM's.
+      base, params: the weights of the model that answers (in it those of `config.encoder`) and CoMEM's.
       items: N items, a row each; a row of padding gives finite vectors that stand for nothing.
       remat: what of a layer a backward pass recomputes.
       dropout: random key; None in evaluation.
@@ -208,10 +259,36 @@ def encode(
       [N, M, W] in the backbone's dtype.
     """
     own = weights(config, base, params, dropout)
-    hidden = item_encoder.read(backbone, own, items, layers=config.encoder_layers, remat=remat)
+    hidden = item_encoder.read(config.encoder or backbone, own, items, layers=config.encoder_layers, remat=remat)
     valid = jnp.asarray(items.segments) > 0
-    vectors = q_former.compress(config.q_former, params["q_former"], hidden, valid)
+    return _fitted(params, q_former.compress(config.q_former, params["q_former"], hidden, valid))
+
+
+def _fitted(params: Any, vectors: Array) -> Array:
+    """[..., D] -> [..., W]."""
     return vectors @ params["adapter"]["kernel"].astype(vectors.dtype) if "adapter" in params else vectors
+
+
+def query(
+    config: CoMEMConfig,
+    base: Any,
+    params: Any,
+    batch: Batch,
+    *,
+    remat: Remat = False,
+    dropout: Array | None = None,
+) -> Array:
+    """The states [B, Q, W] that stand in front of each row's text: the prompt as the encoder reads it, every token.
+
+    Arguments as for `encode`; `batch` brings the prompts. Raises DataError when there are none, or no encoder.
+    """
+    if config.encoder is None or batch.query is None:
+        raise DataError("a batch has places for states of its prompts, and no prompts that an encoder beside reads")
+    key = None if dropout is None else jax.random.fold_in(dropout, 1)
+    own = weights(config, base, params, key)
+    return _fitted(
+        params, item_encoder.read(config.encoder, own, batch.query, layers=config.encoder_layers, remat=remat)
+    )
 
 
 def vectors(

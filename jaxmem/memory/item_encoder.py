@@ -1,4 +1,4 @@
-"""CoMEM's memory encoder (arXiv 2505.17670, section 3.2): the backbone with LoRA factors reads knowledge items.
+"""CoMEM's memory encoder (arXiv 2505.17670, section 3.2): a backbone with LoRA factors reads knowledge items.
 
 There is one copy of the backbone's weights. The factors lie beside the kernels of the decoder, of the vision tower's
 blocks and of its mergers while items are read, and nowhere else, so that the model which answers stays as it was.
@@ -95,12 +95,12 @@ def _linears(factors: Any, path: str = "") -> list[tuple[str, Any]]:
 
 
 def read(backbone: BackboneConfig, weights: Any, items: Batch, *, layers: int = 0, remat: Remat = False) -> Array:
-    """The last hidden states of items, after the final norm.
+    """The last hidden states of items, or of prompts, after the final norm.
 
     Args:
       backbone: static.
       weights: of `adapted`.
-      items: N items, each a row of its own.
+      items: N of them, each a row of its own.
       layers: so many decoder layers are run; 0 is all of them.
       remat: what of a layer a backward pass recomputes, also in the vision tower.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from jaxmem.errors import ConfigError
-from jaxmem.memory import comem, mlp_branch, pvm, vision_remember, vismem
+from jaxmem.memory import comem, deepstack, fastv, mlp_branch, pvm, sva, vision_remember, vismem
 
 MEMORIES: dict[str, ModuleType] = {
     "pvm": pvm,
@@ -13,6 +13,9 @@ MEMORIES: dict[str, ModuleType] = {
     "vismem": vismem,
     "comem": comem,
     "vision_remember": vision_remember,
+    "deepstack": deepstack,
+    "sva": sva,
+    "fastv": fastv,
 }
 
 

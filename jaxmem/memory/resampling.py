@@ -141,9 +141,7 @@ class WholeTiles(nn.Module):
         s = self.settings
         query = jnp.einsum("bmd,dnh->bmnh", norm("norm_query")(x).astype(x.dtype), _Map(s, name="q")(s.width, x.dtype))
         seen = norm("norm_key")(features).astype(x.dtype)
-        key, value = (
-            jnp.einsum("bpc,cnh->bpnh", seen, _Map(s, name=name)(s.features, x.dtype)) for name in ("k", "v")
-        )
+        key, value = (jnp.einsum("bpc,cnh->bpnh", seen, _Map(s, name=name)(s.features, x.dtype)) for name in ("k", "v"))
         found = row_blocks(lambda some: attend(some[0], key, value, some[1]), (query, mask))
         return Linear(s.width, use_bias=True, name="o")(found)
 

@@ -2,8 +2,8 @@
 
 A projector that makes few tokens throws features away. Behind some decoder layers every vision token asks the features
 of its own region once more (`resampling.CrossAttention`); in v2 the tokens first ask each other and the question
-(`resampling.SelfAttention`). Where the paper's text is silent, its choice is a field. Everything happens while prompts
-are read: their keys and values remember what was seen, and generated tokens cost nothing.
+(`resampling.SelfAttention`). Everything happens while prompts are read: their keys and values remember what was seen,
+and generated tokens cost nothing.
 
 Parameters: fusion (norms of the levels, and the map of "concat_linear" or the weights of "weighted_sum") and blocks,
 with a leading axis of layers: cross, and where they are on, bidirectional, ffn and text.
@@ -12,197 +12,23 @@ Axis letters: B rows, T tokens, M visual rows, P patches, K keys of a window, W 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxmem import config as configs
 from jaxmem.backbones import cells as windows
-from jaxmem.backbones import encoder, registry
 from jaxmem.backbones.batch import Array, Batch
-from jaxmem.backbones.config import BackboneConfig, VisionConfig
 from jaxmem.backbones.decoder import Stream
 from jaxmem.backbones.ports import Port, Ports
-from jaxmem.backbones.vision import Cells, Visual
+from jaxmem.backbones.vision import Visual
 from jaxmem.errors import ConfigError
-from jaxmem.memory.resampling import (
-    EPS,
-    CrossAttention,
-    FeedForward,
-    LayerSettings,
-    SelfAttention,
-    WholeTiles,
-)
+from jaxmem.memory.resampling import EPS, MASKED, CrossAttention, FeedForward, SelfAttention, WholeTiles
+from jaxmem.memory.vision_remember_config import PRESETS, VisionRememberConfig, create
 
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "vr_v1": {"fusion": "concat", "bidirectional": False},
-    "vr_v2": {"fusion": "concat_linear", "bidirectional": True},
-}
-TEXT_TOKENS = ("question_mean", "last_prompt_token", "attn_pool", "none")
-
-
-@dataclasses.dataclass(frozen=True)
-class VisionRememberConfig:
-    """One Vision Remember. `create` fills what follows from the backbone.
-
-    Attributes:
-      width, tower_width: D and W.
-      layers: 0-based decoder layers behind which it acts.
-      levels: hidden states of the tower, as transformers counts them (0 enters the first block).
-      cells: which patches a visual row stands for.
-      tile_patches: patches that whole-tile attention sees of a row's own tile; 0: those of its image.
-      halo: patches around a window that it sees too; None is 1 where a window is a single patch, else 0.
-      fusion: levels joined on the channels ("concat"), and mapped to W ("concat_linear"), or summed by learned weights
-        ("weighted_sum").
-      level_norm: a LayerNorm for "each" level, or one over the "joined" levels.
-      inner, heads: of the attention.
-      local: each token sees its window; False: its whole tile (for projectors without a grid).
-      impl, positions, saliency: of the cross-attention (`LayerSettings`).
-      bidirectional: tokens ask each other and the question (v2).
-      text_token: what stands for the question, by its tokens in the first user turn and never by answers: their mean
-        behind a LayerNorm, the last of them, their mean by learned weights, or none.
-      order: of the two.
-      ffn: an MLP behind them.
-      gate: its first value, tanh(gate) multiplies what is added; 0 leaves the backbone as it is.
-      gate_shape: one number, or one per channel ("vector").
-    """
-
-    width: int
-    tower_width: int
-    layers: tuple[int, ...]
-    levels: tuple[int, ...]
-    cells: Cells
-    tile_patches: int = 0
-    halo: int | None = None
-    fusion: Literal["concat", "concat_linear", "weighted_sum"] = "concat"
-    level_norm: Literal["each", "joined"] = "each"
-    inner: int = 1024
-    heads: int = 16
-    local: bool = True
-    impl: Literal["direct", "absorbed"] = "direct"
-    positions: Literal["bias", "embedding", "none"] = "bias"
-    saliency: Literal["none", "bias"] = "none"
-    bidirectional: bool = False
-    text_token: Literal["question_mean", "last_prompt_token", "attn_pool", "none"] = "question_mean"
-    order: Literal["self_then_cross", "cross_then_self"] = "self_then_cross"
-    ffn: bool = False
-    gate: float = 0.0
-    gate_shape: Literal["scalar", "vector"] = "scalar"
-    name: str = "vision_remember"
-
-    @property
-    def margin(self) -> int:
-        """Patches around a window."""
-        return int(self.cells.ratio == 1) if self.halo is None else self.halo
-
-    @property
-    def features(self) -> int:
-        """C."""
-        return self.tower_width * (len(self.levels) if self.fusion == "concat" else 1)
-
-    @property
-    def layer(self) -> LayerSettings:
-        """Of the attention layers."""
-        keys = (self.cells.ratio + 2 * self.margin) ** 2 if self.local else 0
-        positions = self.positions if self.local else "none"
-        return LayerSettings(
-            self.width, self.features, keys, self.inner, self.heads, self.impl, positions, self.saliency
-        )
-
-    @property
-    def asks(self) -> bool:
-        """Does it read the question of a prompt?"""
-        return self.bidirectional and self.text_token != "none"
-
-
-def create(backbone: BackboneConfig, *, preset: str = "vr_v1", **overrides: Any) -> VisionRememberConfig:
-    """The Vision Remember that fits a backbone.
-
-    Args:
-      backbone: gives sizes, and the region that a visual row stands for. Default levels are 13, 18 and 23 of CLIP's 24
-        blocks, 15, 20 and 26 of SigLIP's, else in proportion; default layers are 4, 8 and 12 of 28, in proportion.
-      preset: "vr_v1" (concatenated levels, cross-attention) or "vr_v2" (mapped levels, attention of tokens too).
-      **overrides: fields of VisionRememberConfig.
-
-    Raises:
-      ConfigError: an unknown preset or field, or values that do not fit the backbone; the message says what would.
-    """
-    if preset not in PRESETS:
-        raise ConfigError(f"vision_remember has no preset {preset!r}; it has {', '.join(PRESETS)}")
-    fields = {field.name for field in dataclasses.fields(VisionRememberConfig)} - {"cells"}
-    if unknown := sorted(set(overrides) - fields - {"cells"}):
-        raise ConfigError(f"vision_remember has no setting {', '.join(unknown)}; it has {', '.join(sorted(fields))}")
-    if backbone.vision is None:
-        raise ConfigError(f"vision_remember needs a vision tower, and {backbone.model_type} is a decoder alone")
-    family = isinstance(backbone.vision, VisionConfig)
-    depth, tower = (backbone.vision.depth, backbone.vision.width) if family else _tower(backbone)
-    lib, local = registry.backbone(backbone.model_type), overrides.get("local", True)
-    region = lib.cells(backbone) if local else _no_cells(lib, backbone)
-    settings: dict[str, Any] = {
-        "layers": tuple(sorted({max(1, round(backbone.text.layers * part / 7)) - 1 for part in (1, 2, 3)})),
-        "levels": _levels(depth),
-        "tile_patches": 0 if family else backbone.vision.tile_patches,
-        **PRESETS[preset],
-        **overrides,
-        "cells": region,
-        "width": backbone.text.width,
-        "tower_width": tower,
-    }
-    settings |= {key: tuple(settings[key]) for key in ("layers", "levels")}
-    config = configs.build(VisionRememberConfig, settings, "vision_remember")
-    _check(config, backbone, depth)
-    return config
-
-
-def _tower(backbone: BackboneConfig) -> tuple[int, int]:
-    """Depth and width of a CLIP or SigLIP tower."""
-    return backbone.vision.tower.depth, backbone.vision.tower.width
-
-
-def _no_cells(lib: Any, backbone: BackboneConfig) -> Cells:
-    """What a row stands for where nobody asks: the rows in front of the first still count."""
-    try:
-        return lib.cells(backbone)
-    except ConfigError:
-        return Cells(side=backbone.vision.tower.side, ratio=1, first=1)
-
-
-def _levels(depth: int) -> tuple[int, ...]:
-    """The published levels, in proportion."""
-    known = {24: (13, 18, 23), 26: (15, 20, 26), 27: (15, 20, 26)}
-    return known.get(depth) or tuple(sorted({max(1, round(depth * part / 24)) for part in (13, 18, 23)}))
-
-
-def _check(config: VisionRememberConfig, backbone: BackboneConfig, depth: int) -> None:
-    c, layers = config, backbone.text.layers
-    if c.levels:
-        encoder.resolve(c.levels, depth)
-    aspect = getattr(backbone.vision, "aspect", "anyres")
-    faults = {
-        f"layers {c.layers} must be different and within 0..{layers - 1}": (
-            not c.layers or len(set(c.layers)) < len(c.layers) or not all(0 <= at < layers for at in c.layers)
-        ),
-        "levels is empty; name hidden states of the tower": not c.levels,
-        f"inner {c.inner} is not a multiple of {c.heads} heads": c.heads < 1 or c.inner % max(1, c.heads),
-        f"halo {c.halo}: a window of one patch makes every weight 1; set halo=1 (3x3 patches)": (
-            c.local and c.cells.ratio == 1 and c.margin == 0
-        ),
-        f"halo {c.halo} must not be negative": c.margin < 0,
-        "halo: this tower's patches lie in blocks, not in square tiles; leave it at 0": (
-            c.margin and not c.cells.side and c.local
-        ),
-        f"order {c.order!r}: 'self_then_cross' or 'cross_then_self'": (
-            c.order not in ("self_then_cross", "cross_then_self")
-        ),
-        f"text_token {c.text_token!r} is none of {', '.join(TEXT_TOKENS)}": c.text_token not in TEXT_TOKENS,
-        f"vision_aspect_ratio {aspect!r} scales grids of tokens, whose regions are then no whole windows; set it to"
-        " 'anyres' in config.json": aspect.startswith("anyres_max"),
-    }
-    if wrong := [message for message, fault in faults.items() if fault]:
-        raise ConfigError("vision_remember: " + "; ".join(wrong))
+__all__ = [
+    "PRESETS", "VisionRememberConfig", "append", "create", "fuse", "init", "ports", "prepare", "prompt_ports", "take"
+]  # fmt: skip
 
 
 def init(key: Array, config: VisionRememberConfig, base: Any = None) -> Any:
@@ -229,7 +55,7 @@ def _init_block(key: Array, config: VisionRememberConfig) -> Any:
         made = CrossAttention(s).init(cross, x, jnp.zeros((1, 1, s.keys, s.features)), ones(1, 1, s.keys))
     else:
         made = WholeTiles(s).init(cross, x, jnp.zeros((1, 1, s.features)), ones(1, 1, 1))
-    block = {"cross": {**made["params"], "gate": gate}}
+    block: dict[str, Any] = {"cross": {**made["params"], "gate": gate}}
     if config.bidirectional:
         made = SelfAttention(s).init(both, x, None, jnp.ones((1, 1), jnp.int32))
         block["bidirectional"] = {**made["params"], "gate": gate}
@@ -265,9 +91,7 @@ def _layer_norm(x: Array, scale: Array, bias: Array) -> Array:
     return (wide * scale + bias).astype(x.dtype)
 
 
-def prompt_ports(
-    config: VisionRememberConfig, params: Any, base: Any, visual: Visual | None, batch: Batch
-) -> Ports:
+def prompt_ports(config: VisionRememberConfig, params: Any, base: Any, visual: Visual | None, batch: Batch) -> Ports:
     """The port behind the chosen layers, for the tokens of prompts alone.
 
     Args:
@@ -317,13 +141,14 @@ def _windows(config: VisionRememberConfig, features: Array, batch: Batch, count:
         return features.reshape(rows, -1, size, features.shape[-1]), inside.reshape(rows, -1, size)
     tiles = lambda x: x.reshape(rows, patches // region.side**2, region.side**2, -1)  # noqa: E731
     packed, exists = windows.halo(tiles(features), region.side, region.ratio, c.margin)
-    within, _ = windows.halo(tiles(inside), region.side, region.ratio, c.margin)
+    within = windows.halo(tiles(inside), region.side, region.ratio, c.margin)[0][..., 0]
+    within = jnp.where(within.any(axis=-1, keepdims=True), within, jnp.asarray(exists))  # all bar: what there is
     flat = lambda x: x.reshape(rows, -1, *x.shape[3:])  # noqa: E731
-    return flat(packed), flat(within[..., 0] & jnp.asarray(exists))
+    return flat(packed), flat(within)
 
 
 def _same_tile(config: VisionRememberConfig, batch: Batch, count: int) -> Array:
-    """[B, M, P] bool: patches of a row's own tile, or of its image in the Qwen-VL family; `count` is M."""
+    """[B, M, P] bool: patches of a row's own tile, or of its frame in the Qwen-VL family; `count` is M."""
     segments = jnp.asarray(batch.patch_segments)
     rows, patches = segments.shape
     if not config.tile_patches:
@@ -335,10 +160,10 @@ def _same_tile(config: VisionRememberConfig, batch: Batch, count: int) -> Array:
 
 
 def _images(config: VisionRememberConfig, batch: Batch, count: int) -> Array:
-    """[B, M] int32: the image that each visual row belongs to, 1, 2, ...; 0 in padding."""
-    segments = jnp.asarray(batch.patch_segments)
+    """[B, M] int32: the image (a video's frame) that each visual row belongs to, 1, 2, ...; 0 in padding."""
+    images = jnp.asarray(batch.patch_segments if batch.patch_images is None else batch.patch_images)
     size = config.tile_patches or config.cells.ratio**2
-    own = segments.reshape(len(segments), -1, size).max(axis=-1)
+    own = images.reshape(len(images), -1, size).max(axis=-1)
     return jnp.repeat(own, count // own.shape[1], axis=1)
 
 
@@ -370,7 +195,8 @@ def _remember(
     for step in steps if config.bidirectional else [cross]:
         z = step(z)
     if config.ffn:
-        z = z + gate("cross") * FeedForward(config.layer).apply({"params": slot["ffn"]}, z)
+        added: Any = FeedForward(config.layer).apply({"params": slot["ffn"]}, z)
+        z = z + gate("cross") * added
     row, place = jnp.arange(len(x))[:, None], jnp.where(tokens >= 0, tokens, x.shape[1])
     return x.at[row, place].set(z, mode="drop")
 
@@ -383,7 +209,7 @@ def _text(config: VisionRememberConfig, own: Any, x: Array, batch: Batch) -> Arr
         return jnp.take_along_axis(x, last[:, None, None], axis=1)
     wide = x.astype(jnp.float32)
     scores = wide @ own["query"] * config.width**-0.5 if config.text_token == "attn_pool" else jnp.zeros(marked.shape)
-    shares = jax.nn.softmax(jnp.where(marked, scores, -1e30), axis=-1)
+    shares = jnp.where(marked, jax.nn.softmax(jnp.where(marked, scores, MASKED), axis=-1), 0)
     mean = jnp.einsum("bt,btd->bd", shares, wide)[:, None]
     if config.text_token == "attn_pool":
         return mean.astype(x.dtype)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmem.backbones.batch import Batch
-from jaxmem.backbones.config import VisionConfig
+from jaxmem.backbones.config import BackboneConfig
 from jaxmem.data.batching import Buckets
 from jaxmem.training.settings import TrainConfig
 
@@ -22,11 +22,13 @@ class Shape:
       tokens: T of a row (of a prompt, in GRPO).
       patches: P of a row.
       items: knowledge items that are encoded with a row: their number, T and P.
+      question: rows mark the tokens of their question.
     """
 
     tokens: int
     patches: int
     items: tuple[int, int, int] = (0, 0, 0)
+    question: bool = False
 
     @classmethod
     def longest(cls, config: TrainConfig) -> Shape:
@@ -39,17 +41,19 @@ def item_lengths(buckets: Buckets) -> tuple[int, int, int]:
     return buckets.items[-1], buckets.item_tokens[-1], buckets.item_patches[-1]
 
 
-def abstract(leading: tuple[int, ...], shape: Shape, vision: VisionConfig) -> Batch:
+def abstract(leading: tuple[int, ...], shape: Shape, backbone: BackboneConfig) -> Batch:
     """A batch of ShapeDtypeStructs [*leading, ...], rows last of the leading axes."""
-    t, p = shape.tokens, shape.patches
+    t, p = shape.tokens, -(-shape.patches // backbone.patch_unit) * backbone.patch_unit
     ints: dict[str, Any] = {"tokens": (t,), "positions": (3, t), "segments": (t,), "visual_rows": (t,)}
     ints |= {"patch_segments": (p,), "patch_coords": (p, 2), "patch_table": (p, 4)}
-    ints |= {"patch_windows": (p,)} if vision.window else {}
-    floats = {"loss_mask": (t,), "patches": (p, vision.patch_dim), "patch_weights": (p, 4)}
+    ints |= {"patch_windows": (p,)} if backbone.vision is not None and backbone.vision.window else {}
+    floats = {"loss_mask": (t,), "patches": (p, backbone.patch_dim), "patch_weights": (p, 4)}
     count, item_tokens, item_patches = shape.items
     ints |= {"prefix_rows": (t,)} if count else {}
     fields: dict[str, Any] = {name: jax.ShapeDtypeStruct((*leading, *size), jnp.int32) for name, size in ints.items()}
     fields |= {name: jax.ShapeDtypeStruct((*leading, *size), jnp.float32) for name, size in floats.items()}
+    if shape.question:
+        fields["question"] = jax.ShapeDtypeStruct((*leading, t), jnp.bool_)
     if count:
-        fields["items"] = abstract((*leading, count), Shape(item_tokens, item_patches), vision)
+        fields["items"] = abstract((*leading, count), Shape(item_tokens, item_patches), backbone)
     return Batch(blind=jax.ShapeDtypeStruct(leading, jnp.bool_), **fields)

@@ -12,6 +12,9 @@ completions are read twice forwards: memories are formed of the states that the 
 
 A CoMEM takes, for each item of a row, the vision tower and the decoder without its head, and the Q-Former, whose keys
 of the item are made once; of its factors only the Q-Former's weights are counted.
+
+A tower that trains takes two more forward passes for its backward pass. Vision Remember takes the products of its
+formulas, on prompts alone.
 """
 
 from __future__ import annotations
@@ -20,8 +23,11 @@ import dataclasses
 from typing import Any
 
 from jaxmem.backbones import registry
-from jaxmem.memory.comem import CoMEMConfig
-from jaxmem.memory.vismem import TYPES, VisMemConfig
+from jaxmem.backbones.llava_config import TileVision
+from jaxmem.memory.mlp_branch import MLPConfig
+from jaxmem.memory.pvm import PVMConfig
+from jaxmem.memory.vision_remember import VisionRememberConfig
+from jaxmem.memory.vismem import TYPES
 from jaxmem.model import Spec
 from jaxmem.training import trees
 
@@ -71,18 +77,52 @@ class Needed:
         return 1.0 - self.spec.first_port_layer / self.spec.backbone.text.layers
 
     def _tower(self, patches: int | None = None) -> float:
-        """The vision tower and its mergers, forwards; images are taken to fill all patches of a row in one frame.
+        """The vision tower with its mergers or projector, forwards; images are taken to fill all patches of a row in
+        one frame, or in tiles.
 
         Attention in windows is taken to fill them.
         """
-        vision, patches = self.spec.backbone.vision, self.patches if patches is None else patches
-        shapes = registry.backbone(self.spec.backbone.model_type).shapes(self.spec.backbone)["visual"]
-        blocks = trees.count(shapes["blocks"]) + trees.count(shapes["patch_embed"])
-        mergers = trees.count(shapes["merger"]) + trees.count(shapes.get("deepstack", {}))
+        backbone, patches = self.spec.backbone, self.patches if patches is None else patches
+        if backbone.vision is None:
+            return 0.0
+        shapes = registry.backbone(backbone.model_type).shapes(backbone)
+        if isinstance(backbone.vision, TileVision):
+            return self._tiles(backbone.vision, shapes, patches / backbone.vision.tile_patches)
+        vision, visual = backbone.vision, shapes["visual"]
+        blocks = trees.count(visual["blocks"]) + trees.count(visual["patch_embed"])
+        mergers = trees.count(visual["merger"]) + trees.count(visual.get("deepstack", {}))
         windowed = vision.depth - len(vision.full_blocks) if vision.window else 0
         pairs = (vision.depth - windowed) * patches + windowed * min(vision.window_patches, patches)
         attention = 4.0 * vision.width * patches * pairs
         return 2.0 * (patches * blocks + patches / vision.merge_unit * mergers) + attention
+
+    @staticmethod
+    def _tiles(vision: TileVision, shapes: Any, tiles: float) -> float:
+        """A CLIP or SigLIP over tiles and the maps of the projector, whose weights every visual row passes once."""
+        tower, seen = vision.tower, vision.tower.places
+        blocks = trees.count(shapes["visual"]["blocks"]) * vision.depth_used / tower.depth
+        embed, attention = trees.count(shapes["visual"]["patch_embed"]), 4.0 * tower.width * seen**2 * vision.depth_used
+        maps = vision.projector.tokens * trees.count(shapes["projector"])
+        return tiles * (2.0 * (seen * blocks + vision.tile_patches * embed + maps) + attention)
+
+    @property
+    def _tower_trains(self) -> bool:
+        """Does the vision tower train? A backward pass takes twice its forward pass then."""
+        return "visual" in self.trainable.get("base", {})
+
+    def _remember(self, config: VisionRememberConfig) -> float:
+        """Vision Remember over the rows of a prompt, forwards (the products of its formulas)."""
+        rows, patches = self.spec.backbone.visual_rows(self.patches), self.patches
+        c, s = config, config.layer
+        joined = c.tower_width * len(c.levels)
+        fused = 2.0 * patches * joined * c.features if c.fusion == "concat_linear" else 0.0
+        keys = s.keys or patches
+        direct = 4.0 * rows * keys * c.features * c.inner + 4.0 * rows * keys * c.inner
+        absorbed = 4.0 * rows * c.features * c.inner + 4.0 * rows * keys * c.heads * c.features
+        block = 4.0 * rows * c.width * c.inner + (absorbed if c.impl == "absorbed" else direct)
+        if c.bidirectional:
+            block += 8.0 * rows * c.width * c.inner + 4.0 * rows**2 * c.inner
+        return fused + len(c.layers) * block
 
     def _q_former(self) -> float:
         """One item's hidden states to its embeddings, forwards."""
@@ -108,13 +148,17 @@ class Needed:
 
     def _memory(self, tokens: float) -> float:
         """Branches of the memories for some tokens, which ask all visual rows."""
-        rows, total = self.patches / self.spec.backbone.vision.merge_unit, 0.0
+        rows, total = self.spec.backbone.visual_rows(self.patches), 0.0
         for config in self.spec.memories:
-            if isinstance(config, VisMemConfig | CoMEMConfig):
-                continue  # acts between tokens, or in front of them
+            if not isinstance(config, PVMConfig | MLPConfig):
+                continue  # acts between tokens, in front of them, or on prompts alone (`_look`)
             per_layer = 2 * config.width * config.latent + 2 * config.latent**2 + 3 * config.latent * config.mlp_width
             total += len(config.layers) * (2.0 * tokens * per_layer + 4.0 * tokens * rows * config.latent)
         return total
+
+    def _look(self) -> float:
+        """What memories do that look at the tower's features while a prompt is read."""
+        return sum(self._remember(config) for config in self.spec.memories if isinstance(config, VisionRememberConfig))
 
     def _decoder(self, tokens: float, pairs: float) -> float:
         """All layers without the head."""
@@ -124,7 +168,7 @@ class Needed:
     def _visual(self) -> float:
         """Visual states that a memory is formed of."""
         assert self.spec.vismem is not None
-        return min(self.patches / self.spec.backbone.vision.merge_unit, self.spec.vismem.visual_cap)
+        return min(self.spec.backbone.visual_rows(self.patches), self.spec.vismem.visual_cap)
 
     def _builder(self) -> float:
         """The queries of one memory, forwards."""
@@ -159,19 +203,24 @@ class Needed:
         """What a backward pass adds to a decoder's and a head's forward operations."""
         trained = self.trainable.get("base", {})
         looked_up = () if self.spec.backbone.text.tied else ("embed",)  # a tied embedding is the head too
+        looked_up += ("visual", "projector", "newline")  # which other rows pass (`_learn_tower`)
         size = trees.count({name: leaf for name, leaf in trained.items() if name not in looked_up})
         return forward * self._share_above + head + 2.0 * tokens * size
 
     def read_row(self) -> float:
         """A prompt, forwards, with the logits of its last token."""
         body = self._decoder(self.tokens, self.tokens**2 / 2)
-        return self.encode() + self._tower() + body + self._memory(self.tokens)
+        return self.encode() + self._tower() + self._look() + body + self._memory(self.tokens)
+
+    def _learn_tower(self) -> float:
+        """The tower, forwards, and backwards where it trains; and what looks at it."""
+        return self._tower() * (3 if self._tower_trains else 1) + 3 * self._look()
 
     def learn_row(self) -> float:
         """A supervised row whose tokens all count, forwards and backwards."""
         body = self._decoder(self.tokens, self.tokens**2 / 2)
         head, memory = 2.0 * self.tokens * self._head, self._memory(self.tokens)
-        own = self._learn_items() + self._tower() + body + head + 3 * memory
+        own = self._learn_items() + self._learn_tower() + body + head + 3 * memory
         return own + self._backward(body, self.tokens, head)
 
     def _group(self, group: int, new: int) -> tuple[float, float]:
@@ -201,7 +250,7 @@ class Needed:
         if self.spec.vismem is not None and "base" not in self.trainable:
             return self.score_group(group, new) + self._backward_of_memories(body, head, group)
         body += prompt
-        own = self._learn_items() + self._tower() + body + head + 3 * self._memory(tokens)
+        own = self._learn_items() + self._learn_tower() + body + head + 3 * self._memory(tokens)
         return own + self._backward(body, tokens, head)
 
     def _backward_of_memories(self, body: float, head: float, group: int) -> float:

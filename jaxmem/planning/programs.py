@@ -171,8 +171,9 @@ class _Run:
 
     def batch(self, *leading: int) -> Batch:
         """A batch of shapes [*leading, ...], rows last."""
-        shapes = abstract(leading, dataclasses.replace(self.shape, items=self.items), self.spec.backbone.vision)
-        return self.rows(shapes, len(leading) - 1)
+        asks = any(getattr(config, "asks", False) for config in self.spec.memories)
+        shape = dataclasses.replace(self.shape, items=self.items, question=asks)
+        return self.rows(abstract(leading, shape, self.spec.backbone), len(leading) - 1)
 
     @property
     def items(self) -> tuple[int, int, int]:

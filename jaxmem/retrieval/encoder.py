@@ -69,13 +69,19 @@ class ItemEncoder:
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of everything that decides an item's vectors but the item and its template."""
-        digest = hashlib.sha256(weights_fingerprint(self.model.folder).encode())
-        about = {"dtype": str(self.model.base["embed"].dtype), "config": memory_identity(self.config)}
+        alone = dataclasses.replace(self.config, encoder=None, query=True)  # whoever answers, items are read alike
+        digest = hashlib.sha256(weights_fingerprint(self.model.encoder_folder or self.model.folder).encode())
+        about = {"dtype": str(self._dtype), "config": memory_identity(alone)}
         digest.update(json.dumps(about, sort_keys=True).encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.model.memory[self.config.name]):
             digest.update(jax.tree_util.keystr(path).encode())
             digest.update(np.ascontiguousarray(hosts.fetch(leaf)).tobytes())
         return digest.hexdigest()
+
+    @property
+    def _dtype(self) -> Any:
+        """Of the vectors: that of the backbone that reads items."""
+        return self.model.base.get("encoder", self.model.base)["embed"].dtype
 
     @functools.cached_property
     def template(self) -> str:
@@ -84,7 +90,7 @@ class ItemEncoder:
 
     def read(self, item: Any, where: str = "the item") -> Example:
         """The item as the encoder reads it; DataError for an item that cannot be used."""
-        return knowledge.encode_item(self.model.processor, self.config, item, where)
+        return knowledge.encode_item(self.model.processor.reader, self.config, item, where)
 
     def size(self, item: Any) -> int:
         """Tokens of an item."""
@@ -99,12 +105,12 @@ class ItemEncoder:
         read = [self.read(item, f"item {getattr(item, 'id', i)}") for i, item in enumerate(items)]
         found = [self._batch(read[start : start + self.batch]) for start in range(0, len(read), self.batch)]
         if not found:
-            return np.zeros((0, self.latents, self.width), self.model.base["embed"].dtype)
+            return np.zeros((0, self.latents, self.width), self._dtype)
         return np.concatenate(found)
 
     def _batch(self, examples: Sequence[Example]) -> np.ndarray:
         filled = [*examples, *[examples[-1]] * (self.batch - len(examples))]
-        batch = collate(filled, self.buckets.of_items, self.model.processor.pad_token)
+        batch = collate(filled, self.buckets.of_items, self.model.processor.reader.pad_token)
         with current(self.model.mesh):
             return np.asarray(hosts.fetch(self._vectors(batch)))[: len(examples)]
 

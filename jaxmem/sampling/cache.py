@@ -24,7 +24,7 @@ from jaxmem.backbones.decoder import KeysValues, Stream
 from jaxmem.backbones.layers import Look, attend, attend_branches
 from jaxmem.distributed.mesh import constrain
 from jaxmem.errors import DataError
-from jaxmem.memory import vismem
+from jaxmem.memory import fastv, vismem
 from jaxmem.memory.registry import memory as memory_module
 from jaxmem.model import (
     Spec,
@@ -141,6 +141,16 @@ def _write(old: Array, new: Array, start: Array, axis: int) -> Array:
     return jax.vmap(put)(old, new.astype(old.dtype), start)
 
 
+def _masks(spec: Spec, states: dict[str, Any], queries: Stream, trunk: Stream) -> list[Array]:
+    """Per layer, [B, T, S] bool: what the queries may see of the trunk. Layers that see the same share one mask."""
+    text, whole = spec.backbone.text, decoder.visible(queries, trunk)
+    keys, late = fastv.keys_by_layer(spec.memories, trunk, states, text)
+    if late is None:
+        return [whole] * text.layers
+    part = decoder.visible(queries, keys(True))
+    return [part if one else whole for one in late]
+
+
 def extend(spec: Spec, base: Any, memory: Any, cache: Cache, batch: Batch) -> tuple[Array, Cache]:
     """Reads a further turn, with images of its own or without, behind what the trunk holds.
 
@@ -169,9 +179,9 @@ def extend(spec: Spec, base: Any, memory: Any, cache: Cache, batch: Batch) -> tu
         segments=_write(cache.stream.segments, prompt.stream.segments, start, 0),
         is_visual=_write(cache.stream.is_visual, prompt.stream.is_visual, start, 0),
     )
-    mask = decoder.visible(prompt.stream, stream)
+    masks = _masks(spec, states, prompt.stream, stream)
 
-    def look(old: KeysValues) -> Look:
+    def look(old: KeysValues, mask: Array) -> Look:
         def write_and_look(query: Array, key: Array, value: Array) -> tuple[Array, KeysValues]:
             put = lambda leaf, part: _write(leaf, jnp.swapaxes(part, 1, 2), start, 1)  # noqa: E731
             kept = put(old[0], key), put(old[1], value)
@@ -184,7 +194,7 @@ def extend(spec: Spec, base: Any, memory: Any, cache: Cache, batch: Batch) -> tu
         decoder.unstack(base["layers"], spec.backbone.text.layers),
         prompt.x,
         prompt.angle,
-        [look(old) for old in cache.layers],
+        [look(*pair) for pair in zip(cache.layers, masks, strict=True)],
         ports=prompt.own + memory_ports(spec, memory, states, prompt.stream),
     )
     if spec.vismem is not None:
@@ -232,16 +242,16 @@ def step(
     segments = jnp.where(active, cache.segment[:, None], 0)
     stream = Stream(cache.length[:, None] + place, segments, jnp.zeros_like(active), cache.stream.blind)
     written = jax.lax.dynamic_update_slice_in_dim(tail.segments, segments[..., None], index, axis=2)
-    trunk_mask = decoder.visible(stream, cache.stream)[:, :, None]
+    masks = _masks(spec, cache.states, stream, cache.stream)
     own_mask = ((written == segments[..., None]) & (segments > 0)[..., None])[:, :, None]
 
-    def look(trunk: KeysValues, own: KeysValues) -> Look:
+    def look(trunk: KeysValues, own: KeysValues, mask: Array) -> Look:
         def write_and_look(query: Array, key: Array, value: Array) -> tuple[Array, KeysValues]:
             put = lambda leaf, part: jax.lax.dynamic_update_slice_in_dim(  # noqa: E731
                 leaf, part[:, :, :, None].astype(leaf.dtype), index, axis=3
             )
             kept = put(own[0], key), put(own[1], value)
-            return attend_branches(query[:, :, None], trunk, kept, trunk_mask, own_mask)[:, :, 0], kept
+            return attend_branches(query[:, :, None], trunk, kept, mask[:, :, None], own_mask)[:, :, 0], kept
 
         return write_and_look
 
@@ -251,7 +261,7 @@ def step(
         layers,
         embed_tokens(spec, base, memory, tokens),
         angle_of(positions),
-        [look(*pair) for pair in zip(cache.layers, tail.layers, strict=True)],
+        [look(*one) for one in zip(cache.layers, tail.layers, masks, strict=True)],
         ports=memory_ports(spec, memory, cache.states, stream),
         place="token",
     )

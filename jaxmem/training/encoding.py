@@ -9,8 +9,7 @@ from typing import Any
 
 from jaxmem.assets.board_batches import BoardBatcher
 from jaxmem.backbones.batch import Batch
-from jaxmem.backbones.config import BackboneConfig
-from jaxmem.data import knowledge, records
+from jaxmem.data import knowledge, query, records
 from jaxmem.data.batching import Buckets, collate
 from jaxmem.data.boards import Board
 from jaxmem.data.example import Example
@@ -37,7 +36,7 @@ def encoders(data: DataConfig, processor: Processor, spec: Spec) -> tuple[Encode
 
     Boards for a backbone like the embedded one skip the general processor, with the same result in less time.
     """
-    if data.source == "boards" and (batcher := _board_batcher(processor, spec.backbone)) is not None:
+    if data.source == "boards" and (batcher := _board_batcher(processor, spec)) is not None:
         return lambda board: board, lambda boards: _narrowest(batcher, boards, data.buckets)
 
     chat = chats(data, processor, spec)
@@ -66,26 +65,27 @@ def chats(
         items = records.items_of(record)
         if items and data.items == "prompt":
             messages = knowledge.in_prompt(messages, items, turns=data.item_turns)
-        example = processor.encode(messages, add_generation_prompt=prompt, newline=data.newline)
+        example = query.encode_row(processor, config, messages, prompt, newline=data.newline)
         if not items or data.items != "memory":
             return example
         if config is None:
             raise DataError(
                 'the record has items and the model has no CoMEM for them; set data.items to "prompt" or "none"'
             )
-        read = [knowledge.encode_item(processor, config, item, f"item {i}") for i, item in enumerate(items)]
+        read = [knowledge.encode_item(processor.reader, config, item, f"item {i}") for i, item in enumerate(items)]
         return knowledge.behind_items(example, read, config, processor.pad_token)
 
     return encode
 
 
-def _board_batcher(processor: Processor, backbone: BackboneConfig) -> BoardBatcher | None:
+def _board_batcher(processor: Processor, spec: Spec) -> BoardBatcher | None:
     """The short way from boards to batches, if the chat template and the tower are the embedded model's."""
     template = resources.files("jaxmem") / "assets" / "chat_template.jinja"
-    if processor.chat_template != template.read_text(encoding="utf-8"):
+    beside = spec.comem is not None and spec.comem.encoder is not None
+    if beside or spec.backbone.vision is None or processor.chat_template != template.read_text(encoding="utf-8"):
         return None
     try:
-        return BoardBatcher(processor.tokenizer.backend_tokenizer, backbone)
+        return BoardBatcher(processor.tokenizer.backend_tokenizer, spec.backbone)
     except ValueError:
         return None
 

@@ -39,10 +39,12 @@ def level(batch: Batch, what: str) -> Batch:
         return batch
     _, tokens, patches = batch.shape_key
     items = (0, 0, 0) if batch.items is None else (batch.items.tokens.shape[1:3] + batch.items.patches.shape[2:3])
-    tokens, patches, *items = hosts.share(
-        what, (tokens, patches, *items), lambda shapes: tuple(max(column) for column in zip(*shapes, strict=True))
+    query = (0, 0) if batch.query is None else batch.query.shape_key[1:]
+    lengths = (tokens, patches, *items, *query)
+    tokens, patches, count, item_tokens, item_patches, *query = hosts.share(
+        what, lengths, lambda shapes: tuple(max(column) for column in zip(*shapes, strict=True))
     )
-    return widen(batch, tokens, patches, tuple(items))
+    return widen(batch, tokens, patches, (count, item_tokens, item_patches), (query[0], query[1]))
 
 
 def place(batch: Any, parts: int, mesh: Mesh | None, rows: int | None = None) -> Any:

@@ -254,7 +254,8 @@ def load_model(config: TrainConfig, mesh: Mesh | None) -> api.Model:
     """The backbone with its memory, on the mesh."""
     folder = Path(config.backbone) if config.backbone else api.TINY
     limits = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
-    model = api.load(folder, config.dtype, memory=config.memory_folder, mesh=mesh, **limits)
+    encoder = config.encoder or None
+    model = api.load(folder, config.dtype, memory=config.memory_folder, encoder=encoder, mesh=mesh, **limits)
     if config.memory_folder is None and config.memory is not None:
         settings = dict(config.memory)
         model = model.attach(settings.pop("name"), key=jax.random.key(config.seed), **settings)
@@ -262,7 +263,22 @@ def load_model(config: TrainConfig, mesh: Mesh | None) -> api.Model:
         model = model.restore_lora(config.adapter_folder)
     if config.lora is not None:
         model = model.attach_lora(key=jax.random.fold_in(jax.random.key(config.seed), 1), **config.lora)
+    _check_encoder(config, model)
     return model
+
+
+def _check_encoder(config: TrainConfig, model: api.Model) -> None:
+    """Raises ConfigError for an encoder beside the backbone whose own weights would train, or that nothing uses."""
+    if not config.encoder:
+        return
+    if model.spec.comem is None:
+        raise ConfigError('config.encoder reads for a CoMEM, and the model has none: set memory.name to "comem"')
+    trained = trees.split({"base": model.base, "memory": model.memory}, config.trainable)[0]
+    if "encoder" in trained.get("base", {}):
+        raise ConfigError(
+            'trainable: the encoder\'s backbone stays as it is (its LoRA factors are "memory/comem/encoder"); add'
+            ' "!base/encoder" to the patterns'
+        )
 
 
 def pipeline(
@@ -329,6 +345,7 @@ def _identity(config: TrainConfig, model: api.Model, source: Sequence[Any], step
         "shuffle": config.data.shuffle,
         "max_rejected_fraction": config.data.max_rejected_fraction,
         "pixels": [config.min_pixels, config.max_pixels],
+        **({} if model.encoder_folder is None else {"encoder": weights_fingerprint(model.encoder_folder)}),
     }
 
 
@@ -347,7 +364,7 @@ def _save(model: api.Model, folder: Path, trained: Tree) -> None:
     if any(not path.endswith(lora.LEAVES) for path, _ in trees.leaves(trained.get("base", {}))):
         hf_config = huggingface.read_config(model.folder)
         target = folder / BACKBONE
-        base = lora.strip(model.base)
+        base = {name: part for name, part in lora.strip(model.base).items() if name != "encoder"}
         huggingface.save_backbone(target, base, model.spec.backbone, hf_config=hf_config, overwrite=True)
         for path in model.folder.iterdir() if hosts.first() else ():
             beside = path.suffix in (".json", ".jinja", ".txt") and path.name not in ("config.json", WEIGHT_INDEX)

@@ -89,6 +89,8 @@ class TrainConfig:
       data: what it trains on.
       evaluation: what it is evaluated on; None evaluates on nothing.
       backbone: Hugging Face folder; empty is the embedded tiny backbone.
+      encoder: Hugging Face folder of a model that reads knowledge items and prompts for the backbone, which may then be
+        a decoder alone (CoMEM's transfer); its weights stay as they are. Empty: the backbone reads for itself.
       memory: {"name": "pvm", ...} with settings of that memory; None trains without one.
       lora: settings of `LoRAConfig`, {"rank": 8, ...}: factors beside the decoder's kernels, which train where
         `trainable` names them ("base/**/lora_a", "base/**/lora_b"); None adds none.
@@ -113,7 +115,7 @@ class TrainConfig:
       xla_flags: preset of compiler flags, of `jaxmem.distributed.flags.PRESETS`; what the environment says wins.
       xla_extra_flags: further flags, "--xla_name=value".
       loss_chunk: positions whose logits exist at once, on each of the mesh's data x fsdp ways.
-      min_pixels, max_pixels: replace the folder's limits per image.
+      min_pixels, max_pixels: replace the folders' limits per image.
       experiment: {"name": "digit_boards", ...}, measurements before and after the training; None makes none.
     """
 
@@ -121,6 +123,7 @@ class TrainConfig:
     data: DataConfig
     evaluation: DataConfig | None = None
     backbone: str = ""
+    encoder: str = ""
     memory: Mapping[str, Any] | None = dataclasses.field(default_factory=lambda: {"name": "pvm"})
     lora: Mapping[str, Any] | None = None
     memory_folder: str | None = None

@@ -117,7 +117,7 @@ def test_check_40_parameters_lie_in_memory_once():
     config = comem.create(small, heads=4, dropout=0.0)
     own = jax.eval_shape(lambda: comem.init(jax.random.key(0), config))
     base = backbone(small.model_type).shapes(small)
-    batch = abstract((1,), Shape(32, 16, (2, 16, 16)), small.vision)
+    batch = abstract((1,), Shape(32, 16, (2, 16, 16)), small)
     spec = Spec(small, (config,))
     compiled = jax.jit(hidden_states, static_argnums=0).lower(spec, base, {"comem": own}, batch).compile()
     used = compiled.memory_analysis()
