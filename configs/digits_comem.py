@@ -6,7 +6,8 @@ The cells of a digit board are knowledge items: an image of a digit, and the let
 names cells and shows nothing. The tiny backbone that jaxmem brings along looks for a cell by its place in an image, not
 by what it says, so the first stage teaches it together with a memory to look vectors up. Then it is frozen, that memory
 is thrown away, and the second stage trains a fresh one, as CoMEM does: LoRA factors of the encoder and the Q-Former
-alone. Both stages draw 1 to 10 items per question, of which the question names up to four.
+alone. Both stages draw 1 to 10 items per question, of which the question names up to four; half of the questions name
+none and are answered with all. The seeds share the backbone of the first stage and differ in everything behind it.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +19,7 @@ def get_config() -> ConfigDict:
     # one shape, so that one program serves all numbers of items
     buckets = {"tokens": (96,), "patches": (4,), "items": (10,), "item_tokens": (16,), "item_patches": (4,)}
     data = {"source": "facts", "items": "memory", "buckets": buckets, "threads": 1, "prefetch": 4}
-    return ConfigDict(
+    config = ConfigDict(
         {
             "output": "runs/digits_comem",
             "seed": 0,
@@ -72,23 +73,28 @@ def get_config() -> ConfigDict:
             "hosts": {"start": "auto", "timeout_s": 900.0, "heartbeat_s": 100},
             "remat": False,
             "experiment": None,
-            "stages": {
-                "1_backbone": {
-                    "trainable": ("base", "memory"),
-                    "optimizer": {"learning_rate": 1e-3},
-                    "loop": {"steps": 800},
-                },
-                "2_memory": {
-                    "memory_folder": None,  # a fresh one
-                    "experiment": {
-                        "name": "digit_facts",
-                        "items": (1, 3, 5, 10),
-                        "questions": 256,
-                        "batch_size": 64,
-                        "seed": 5,
-                        "max_new_tokens": 8,
-                    },
+        }
+    )
+    config.stages = ConfigDict(
+        {
+            "1_backbone": {
+                "output": config.get_ref("output") + "/backbone",  # one for all seeds
+                "seed": 0,
+                "trainable": ("base", "memory"),
+                "optimizer": {"learning_rate": 1e-3},
+                "loop": {"steps": 800},
+            },
+            "2_memory": {
+                "memory_folder": None,  # a fresh one
+                "experiment": {
+                    "name": "digit_facts",
+                    "items": (1, 3, 5, 10),
+                    "questions": 256,
+                    "batch_size": 64,
+                    "seed": 5,
+                    "max_new_tokens": 8,
                 },
             },
         }
     )
+    return config

@@ -12,6 +12,7 @@ The same command goes on where an earlier one stopped: runs resume, and what was
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 
 from jaxmem import api
 from jaxmem import config as configs
+from jaxmem.analysis import forgetting
 from jaxmem.analysis.digit_vismem import spread
 from jaxmem.assets import tiny_llava
 from jaxmem.assets.tiny_llava import TowerConfig
@@ -33,7 +35,9 @@ from jaxmem.training.run import train
 from jaxmem.training.seeds import COMPILED, share_programs
 from jaxmem.training.settings import TrainConfig
 
-KEPT, RESULTS = "read.json", "results.json"
+KEPT, ATTENTION, RESULTS = "read.json", "attention.json", "results.json"
+LOOKED = 64
+"""Boards whose attention is measured."""
 ALONE, PRUNED = "none", "fastv"
 Shares = dict[str, float]
 """{"read", "exact"}: of digits (teacher forcing), and of final answers (free and greedy)."""
@@ -81,8 +85,13 @@ def main(config: Any) -> int:
     for seed in study.seeds:
         for arm, shares in run_seed(study, seed).items():
             found.setdefault(arm, {})[str(seed)] = shares
-    write_json(Path(study.output) / RESULTS, {"config": json.loads(json.dumps(_plain(study))), "arms": found})
+    looked = {seed: forgetting_of(study, seed) for seed in study.seeds}
+    settings = json.loads(json.dumps(_plain(study)))
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    results = {"config": settings, "digest": digest, "arms": found, "attention": looked}
+    write_json(Path(study.output) / RESULTS, results)
     print(table(study, found))
+    print(forgetting_table(study, looked))
     return 0
 
 
@@ -173,6 +182,37 @@ def _pruned(study: CompressionConfig, folder: Path, seed: int) -> dict[str, Shar
         model = model.attach(PRUNED, keep=tokens, **settings)
         found[f"{ratio}/{PRUNED}"] = _measured(study, model, kept, seed)
     return found
+
+
+def forgetting_of(study: CompressionConfig, seed: int) -> dict[str, dict[str, Any]]:
+    """ "r/method" -> what `forgetting.measure` says of the arms of a seed that look at the tower again, and of those
+    without memory; kept in files."""
+    found, folder = {}, Path(study.output) / f"seed_{seed}"
+    boards = dataclasses.replace(study.test, seed=study.test.seed + seed, boards=LOOKED).dataset(study.test.k[0])
+    chats = [boards[place].messages for place in range(LOOKED)]
+    for ratio, method in arms(study):
+        memory = study.methods[method]
+        if memory and memory["name"] != "vision_remember":
+            continue
+        run = folder / f"r{ratio}" / method
+        kept = run / ATTENTION
+        if not kept.is_file():
+            model = api.load(run / "backbone", study.train.get("dtype"), memory=run / "memory" if memory else None)
+            write_json(kept, dataclasses.asdict(forgetting.measure(model, chats)))
+        found[f"{ratio}/{method}"] = json.loads(kept.read_text(encoding="utf-8"))
+    return found
+
+
+def forgetting_table(study: CompressionConfig, looked: Mapping[int, Mapping[str, Any]]) -> str:
+    """Mass and density on vision tokens by layer: means over the seeds."""
+    names = list(looked[study.seeds[0]])
+    mean = lambda name, key: np.mean([looked[seed][name][key] for seed in study.seeds], axis=0)  # noqa: E731
+    words = lambda values, scale: " ".join(f"{scale * value:6.3f}" for value in values)  # noqa: E731
+    lines = ["", "attention of answers on vision tokens, by layer: mass, and density (mass per token, x 100)"]
+    for name in names:
+        mass, density = words(mean(name, "mass"), 1), words(mean(name, "density"), 100)
+        lines.append(f"{name:14s} mass {mass}   density {density}")
+    return "\n".join(lines)
 
 
 def table(study: CompressionConfig, found: Mapping[str, Mapping[str, Shares]]) -> str:

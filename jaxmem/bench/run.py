@@ -22,6 +22,7 @@ BENCHES: Mapping[str, str] = {
     "grpo": "jaxmem.bench.rollouts",
     "loading": "jaxmem.bench.loading",
     "vismem": "jaxmem.bench.invocations",
+    "vr": "jaxmem.bench.remember",
 }
 
 

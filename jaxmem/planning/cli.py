@@ -78,10 +78,17 @@ def main(
 
 
 def _runs(config: TrainConfig) -> dict[str, TrainConfig]:
-    """The stages of a configuration by name; one without a name where there are none."""
+    """The stages of a configuration by name; one without a name where there are none.
+
+    A stage whose backbone an earlier one is yet to train is planned with the one that both start from.
+    """
     if not config.stages:
         return {"": config}
-    return dict(zip(sorted(config.stages), stages.plan(config), strict=True))
+    runs = [
+        run if not run.backbone or Path(run.backbone).is_dir() else dataclasses.replace(run, backbone=config.backbone)
+        for run in stages.plan(config)
+    ]
+    return dict(zip(sorted(config.stages), runs, strict=True))
 
 
 def plan(config: TrainConfig, topology: Topology, shape: Shape | None = None) -> Plan:

@@ -90,7 +90,8 @@ def in_stages(config: TrainConfig) -> Result:
 
 
 def _report_seeds(config: TrainConfig) -> None:
-    for stage in sorted(config.stages or ("",)):
+    own = {name for name, changes in (config.stages or {}).items() if "output" not in changes}  # one run per seed
+    for stage in sorted(own or ("",)):
         for spread in seeds.spreads(config.output, config.seeds, stage):
             print(f"{stage}: {spread}" if stage else spread)
     for one in stages.plan(config) if config.stages else [config]:
@@ -352,7 +353,8 @@ def _identity(config: TrainConfig, model: api.Model, source: Sequence[Any], step
 def _trained(model: api.Model, tree: Tree) -> api.Model:
     """The model with new weights; the backbone's in the dtype they had."""
     base = jax.tree.map(lambda new, old: new.astype(old.dtype), tree["base"], model.base)
-    return dataclasses.replace(model, base=base, memory=tree.get("memory", {}))
+    memory = {config.name: {} for config in model.spec.memories} | tree.get("memory", {})  # some have no parameters
+    return dataclasses.replace(model, base=base, memory=memory)
 
 
 def _save(model: api.Model, folder: Path, trained: Tree) -> None:

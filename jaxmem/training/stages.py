@@ -20,7 +20,7 @@ def each(config: TrainConfig, train: Callable[[TrainConfig], Any]) -> list[Any]:
     """Trains every stage of `config.stages` in `output/<stage>`, by name; what `train` returned of each.
 
     A stage is the whole configuration with some values replaced. Stages that are done are not done again: they resume
-    at their end.
+    at their end. So a stage with an `output` and a `seed` of its own is made once for all seeds.
 
     Raises:
       ConfigError: a stage replaces a key that does not exist, or values that do not fit; the message names it.
@@ -34,7 +34,7 @@ def plan(config: TrainConfig) -> list[TrainConfig]:
     whole = {**dataclasses.asdict(config), "stages": None}
     for name, changes in sorted((config.stages or {}).items()):
         values = _replaced(whole, changes)
-        values["output"] = str(Path(config.output) / name)
+        values["output"] = changes.get("output", str(Path(config.output) / name))
         if runs:
             values |= {key: value for key, value in _left(runs[-1]).items() if key not in changes}
         runs.append(configs.build(TrainConfig, values, f"stages.{name}"))

@@ -9,7 +9,7 @@ import pytest
 
 from jaxmem import cli
 from jaxmem.backbones import qwen3_vl
-from jaxmem.bench import compiling, decoding, invocations, knowledge, loading, models, rollouts, run
+from jaxmem.bench import compiling, decoding, invocations, knowledge, loading, models, remember, rollouts, run
 from jaxmem.memory.q_former import QFormerConfig
 from jaxmem.sampling.invoking import InvokeConfig
 
@@ -103,3 +103,19 @@ def test_json_holds_what_tools_read(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert found["name"] == "compile"
     assert cli.main(["bench", "decoed"]) == 2
     assert "decode" in capsys.readouterr().err
+
+
+def test_check_29_operations_of_vision_remember_stay_within_their_shares() -> None:
+    direct, absorbed, both = remember.operations()
+    assert direct.peer == pytest.approx(2.11, abs=0.01)  # the decoder: five tiles of 144 tokens and 64 words, in TFLOP
+    assert direct.ours == pytest.approx(0.122, abs=0.001) and direct.ratio <= 0.06
+    assert absorbed.ours == pytest.approx(0.042, abs=0.001) and absorbed.ratio <= 0.021
+    assert both.ours == pytest.approx(0.034, abs=0.001) and both.ratio <= 0.02
+
+
+def test_vr_measures_reading_and_writing() -> None:
+    small = remember.small(layers=2, width=96, mlp=192, heads=6, vocab=256)
+    found = remember.seconds(small, rows=1, new=4, runs=1)
+    assert [one.unit for one in found] == ["prompts/s"] * 4 + ["tokens/s"]
+    assert all(one.ours > 0 and one.peer > 0 for one in found)
+    assert found[0].ratio == pytest.approx(found[0].peer / found[0].ours - 1)

@@ -193,6 +193,25 @@ def test_deepstack_samples_of_cells_over_the_border_add_nothing(world: b.World) 
     np.testing.assert_array_equal(found[:, :, 0], 0)
 
 
+@pytest.mark.parametrize(("together", "groups"), [(2, [(0, 1), (2, 3)]), (3, [(0, 1, 2), (3,)]), (4, [(0, 1, 2, 3)])])
+def test_samples_of_one_layer_are_added_together(
+    world: b.World, attached: Any, together: int, groups: list[tuple[int, ...]]
+) -> None:
+    each = np.asarray(ports_of(attached["deepstack"], world).slots)
+    port = ports_of(world.model.attach("deepstack", together=together), world)
+    assert port.layers == tuple(range(len(groups)))
+    wanted = np.stack([each[list(group)].sum(0) for group in groups])
+    np.testing.assert_allclose(np.asarray(port.slots), wanted, atol=1e-5, rtol=0)
+
+
+def test_as_few_samples_together_as_the_decoder_has_room_for(world: b.World) -> None:
+    config = world.model.spec.backbone  # 5 layers: four of them, from 1 on, take a sample
+    found = [deepstack.create(config, together=0, **{"interval": step}).together for step in (1, 2, 4)]
+    assert found == [1, 2, 4]
+    with pytest.raises(ConfigError, match="together -1 must be at least 0"):
+        deepstack.create(config, together=-1)
+
+
 class TorchSampler(torch.nn.Module):
     """The aggregator's layer, written from its description: concat, proj_in, attention over a window, norm, MLP."""
 

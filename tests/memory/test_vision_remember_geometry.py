@@ -39,8 +39,8 @@ def config_of(side: int, ratio: int, **settings: Any) -> VisionRememberConfig:
 @functools.partial(w.quick, static_argnums=(0, 5))
 def slopes(config: VisionRememberConfig, params: Any, batch: Batch, levels: Any, x: Any, per_tile: int) -> Any:
     """[B, T, B, P] sizes of the derivatives of the block's output by the tower's features."""
-    found = jax.jacrev(lambda levels: v.act(config, params, batch, levels, x, per_tile=per_tile).sum(-1))(levels)
-    return sum(jnp.abs(slope).sum(-1) for slope in jax.tree.leaves(found))
+    found = v.slopes(lambda levels: v.act(config, params, batch, levels, x, per_tile=per_tile).sum(-1), levels)
+    return sum(jnp.abs(slope).sum(-1) for slope in found.values()).reshape(*x.shape[:2], *batch.patch_segments.shape)
 
 
 def seen(config: VisionRememberConfig, batch: Batch, per_tile: int) -> np.ndarray:

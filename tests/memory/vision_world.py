@@ -31,7 +31,7 @@ from tests.tiny import write_qwen2_5_vl, write_qwen3_vl
 SIDE, RATIO = 4, 2  # patches and tokens per side of LLaVA's tiles of 31 pixels
 TILE = SIDE**2
 DEPTH, BLOCKS = 4, 6  # decoder layers, vision blocks
-BUCKETS = Buckets(tokens=(128, 224), patches=(160,))
+BUCKETS = Buckets(tokens=(128, 224), patches=(160, 448))
 SMALL: dict[str, Any] = {"layers": (0, 2), "inner": 24, "heads": 3}
 PRESETS = ("vr_v1", "vr_v2")
 QWEN = ("qwen2_5_vl", "qwen3_vl")
@@ -71,16 +71,21 @@ def llava(name: str = "avgpool", **settings: Any) -> jaxmem.Model:
 
 
 @functools.cache
-def qwen(family: str) -> jaxmem.Model:
-    """Qwen2.5-VL, whose tower looks through windows, or Qwen3-VL, whose decoder has DeepStack."""
+def qwen_pair(family: str) -> tuple[jaxmem.Model, Any]:
+    """Qwen2.5-VL, whose tower looks through windows, or Qwen3-VL, whose decoder has DeepStack; and the torch model."""
     write_words, write = {
         "qwen2_5_vl": (write_qwen2_tokenizer, write_qwen2_5_vl),
         "qwen3_vl": (write_tokenizer, write_qwen3_vl),
     }[family]
     with tempfile.TemporaryDirectory() as folder:
         write_words(folder)
-        write(folder, layers=DEPTH, seed=3)
-        return jaxmem.load(folder)
+        theirs = write(folder, layers=DEPTH, seed=3)
+        return jaxmem.load(folder), theirs
+
+
+def qwen(family: str) -> jaxmem.Model:
+    """The first of the pair."""
+    return qwen_pair(family)[0]
 
 
 def config_of(backbone: jaxmem.Model, preset: str = "vr_v1", **settings: Any) -> vision_remember.VisionRememberConfig:
@@ -189,8 +194,7 @@ def stream_like(batch: Any, width: int, seed: int = 6) -> Any:
     return jnp.asarray(2 * rng.standard_normal((*batch.tokens.shape, width)) + 0.3, jnp.float32)
 
 
-@functools.partial(w.quick, static_argnames="spec")
-def watched(spec: Spec, base: Any, memory: Any, batch: Any, x: Any = None) -> tuple[Any, Any, Any]:
+def watch(spec: Spec, base: Any, memory: Any, batch: Any, x: Any = None) -> tuple[Any, Any, Any]:
     """The decoder one layer at a time: the stream [L, B, T, D] in front of and behind the ports of each layer, and the
     state behind the final norm. `x` replaces the embeddings."""
     prompt, before, after = model.read_prompt(spec, base, memory, batch), [], []
@@ -212,6 +216,19 @@ def watched(spec: Spec, base: Any, memory: Any, batch: Any, x: Any = None) -> tu
     return jnp.stack(before), jnp.stack(after), model.final_norm(spec, base, out)
 
 
+watched = w.quick(watch, static_argnames="spec")
+
+
 def embeddings(spec: Spec, base: Any, memory: Any, batch: Any) -> Any:
     """[B, T, D] what enters the first layer."""
     return w.read_prompt(spec, base, memory, batch).x
+
+
+def slopes(function: Any, x: Any) -> Any:
+    """d function(x)[i] / d x, with a leading axis for the flattened outputs.
+
+    One output at a time: the CPU compiler of jaxlib 0.10.2 gets products of a batched backward pass wrong (jax #39103).
+    """
+    out, back = jax.vjp(function, x)
+    one = lambda place: back(jnp.zeros(out.size, out.dtype).at[place].set(1).reshape(out.shape))[0]  # noqa: E731
+    return jax.lax.map(one, jnp.arange(out.size))
