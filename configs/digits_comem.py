@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
                 "clip_norm": 1.0,
             },
             "loop": {
-                "steps": 600,
+                "steps": 1000,
                 "batch_size": 32,
                 "accumulate": 1,
                 "p_block": 0.0,

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     look = {"name": "vision_remember", "layers": (0, 1), "levels": (3, 4, 5), "inner": 64, "heads": 4}
+    look |= {"gate": 0.5, "initialiser": "fan_in"}  # a narrow model, and a short run: gates that start open
     boards = {"split": "train", "seed": 20, "k": (0,), "n": (4,), "size": 100_000, "group": 2}
     return ConfigDict(
         {
@@ -24,7 +25,7 @@ def get_config() -> ConfigDict:
                 "vr_v1": {**look, "preset": "vr_v1"},
                 "vr_v2": {**look, "preset": "vr_v2"},
                 "deepstack": {"name": "deepstack", "start": 1, "interval": 1, "together": 0},
-                "sva": {"name": "sva", "layers": (0, 1), "inner": 64, "heads": 4, "gate": 0.0},
+                "sva": {"name": "sva", "layers": (0, 1), "inner": 64, "heads": 4, "gate": None},
             },
             "fastv": {"layer": 1},
             "tower": {

@@ -1,5 +1,6 @@
 """Configurations of reinforcement learning: they build without their files, and hold the published values."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,31 @@ def test_a_wrong_argument_says_what_would_be_right():
         load("pvm_qwen3vl_grpo.py:9b")
     with pytest.raises(ConfigError, match="unknown choice of what trains 'memories'; did you mean 'memory'"):
         load("pvm_qwen3vl_grpo.py:8b-memories")
+
+
+@pytest.mark.parametrize("preset", ["vr_v1", "vr_v2"])
+def test_vision_remembers_recipe_trains_two_stages_and_their_baseline(preset):
+    """The recipe of both stages, and of the paired baseline from the same folder, seed and rows."""
+    from jaxmem.training import stages
+
+    config = load(f"llava_vr_2b.py:{preset}")
+    align, tune, alone, last = stages.plan(config)
+    assert align.trainable == ("base/projector", "base/newline", "memory") and tune.trainable == ("**",)
+    assert (align.optimizer.learning_rate, align.loop.batch_size) == (1e-3, 256)
+    assert (tune.optimizer.learning_rate, tune.loop.batch_size) == (1e-5, 128)
+    assert align.optimizer.multipliers == (("memory", 0.1), ("**/gate", 1.0))
+    assert tune.optimizer.multipliers == (("base/visual", 0.2),)
+    assert align.memory["preset"] == preset and alone.memory is None and last.memory is None
+    assert alone.backbone == align.backbone and alone.memory_folder is None
+    assert tune.backbone == f"{align.output}/backbone" and last.backbone == f"{alone.output}/backbone"
+    assert (alone.seed, alone.data, last.data) == (align.seed, align.data, tune.data)
+
+
+def test_the_seeds_of_the_digit_facts_share_one_backbone():
+    from jaxmem.training import stages
+
+    config = load("digits_comem.py")
+    first, second = (stages.plan(dataclasses.replace(config, seed=seed, output=f"x/seed_{seed}")) for seed in (0, 1))
+    assert first[0] == dataclasses.replace(second[0]) and first[0].output == "runs/digits_comem/backbone"
+    assert first[1].backbone == second[1].backbone == "runs/digits_comem/backbone/backbone"
+    assert first[1].output != second[1].output and first[1].memory_folder is None

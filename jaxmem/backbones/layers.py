@@ -15,6 +15,7 @@ from jaxmem.backbones.rope import rotate
 from jaxmem.distributed.mesh import constrain, ways
 
 WEIGHT = nn.initializers.normal(0.02)
+FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 BLOCK = 1024
 """Queries of a row (on each device of a sequence mesh) whose attention scores exist at the same time."""
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxmem.backbones.batch import Array
 from jaxmem.backbones.config import BackboneConfig
 from jaxmem.backbones.decoder import Stream
-from jaxmem.backbones.layers import WEIGHT, Linear, RMSNorm, SwiGLU, rms_normalise, row_blocks
+from jaxmem.backbones.layers import FAN_IN, WEIGHT, Linear, RMSNorm, SwiGLU, rms_normalise, row_blocks
 from jaxmem.backbones.ports import Port, Ports
 from jaxmem.errors import ConfigError
 
@@ -135,9 +135,6 @@ def _check(config: PVMConfig, depth: int) -> None:
     }
     if wrong := [message for message, fault in faults.items() if fault]:
         raise ConfigError("pvm: " + "; ".join(wrong))
-
-
-FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
 class CrossAttention(nn.Module):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmem.backbones.batch import Array
-from jaxmem.backbones.layers import WEIGHT, Linear, attend, row_blocks
+from jaxmem.backbones.layers import FAN_IN, WEIGHT, Linear, attend, row_blocks
 
 MASKED = -1e30
 EPS = 1e-6
@@ -35,6 +35,7 @@ class LayerSettings:
       positions: inside a window: a learned "bias" of the scores [N, K], an "embedding" [K, C] that is added to the
         features, or "none".
       saliency: "bias" adds a learned score per key and head that does not depend on the query; "none".
+      initialiser: of maps, "normal" N(0, 0.02^2), or "fan_in" N(0, 1/in), for narrow models.
     """
 
     width: int
@@ -45,6 +46,12 @@ class LayerSettings:
     impl: Literal["direct", "absorbed"] = "direct"
     positions: Literal["bias", "embedding", "none"] = "bias"
     saliency: Literal["none", "bias"] = "none"
+    initialiser: Literal["normal", "fan_in"] = "normal"
+
+    @property
+    def maps(self) -> nn.initializers.Initializer:
+        """How kernels start."""
+        return FAN_IN if self.initialiser == "fan_in" else WEIGHT
 
     @property
     def head_dim(self) -> int:
@@ -65,7 +72,7 @@ class _Map(nn.Module):
     @nn.compact
     def __call__(self, width: int, dtype: Any) -> Array:
         s = self.settings
-        kernel = self.param("kernel", WEIGHT, (width, s.inner)).astype(dtype)
+        kernel = self.param("kernel", s.maps, (width, s.inner)).astype(dtype)
         return kernel.reshape(width, s.heads, s.head_dim)
 
 
@@ -102,7 +109,7 @@ class CrossAttention(nn.Module):
             keys, values = (jnp.einsum("bmkc,cnh->bmknh", seen, kernel) for kernel in (to_key, to_value))
             scores = jnp.einsum("bmnh,bmknh->bmnk", query, keys)
             found = jnp.einsum("bmnk,bmknh->bmnh", _weights(s, scores, bias, mask).astype(x.dtype), values)
-        return Linear(s.width, use_bias=True, name="o")(found.reshape(*x.shape[:2], s.inner))
+        return Linear(s.width, use_bias=True, kernel_init=s.maps, name="o")(found.reshape(*x.shape[:2], s.inner))
 
     def _features(self, windows: Array, dtype: Any) -> Array:
         """Normed features, with positions in the window where they are embedded."""
@@ -143,7 +150,7 @@ class WholeTiles(nn.Module):
         seen = norm("norm_key")(features).astype(x.dtype)
         key, value = (jnp.einsum("bpc,cnh->bpnh", seen, _Map(s, name=name)(s.features, x.dtype)) for name in ("k", "v"))
         found = row_blocks(lambda some: attend(some[0], key, value, some[1]), (query, mask))
-        return Linear(s.width, use_bias=True, name="o")(found)
+        return Linear(s.width, use_bias=True, kernel_init=s.maps, name="o")(found)
 
 
 class SelfAttention(nn.Module):
@@ -179,7 +186,7 @@ class SelfAttention(nn.Module):
             return attend(asking, key, value, same | (known == -1)[:, None])
 
         found = row_blocks(some, (query[:, : x.shape[1]], images))
-        return Linear(s.width, use_bias=True, name="o")(found)
+        return Linear(s.width, use_bias=True, kernel_init=s.maps, name="o")(found)
 
 
 class FeedForward(nn.Module):
@@ -191,6 +198,6 @@ class FeedForward(nn.Module):
     def __call__(self, x: Array) -> Array:
         """[B, M, D] -> [B, M, D]."""
         s = self.settings
-        hidden = Linear(s.inner, use_bias=True, name="fc1")(norm("norm")(x).astype(x.dtype))
+        hidden = Linear(s.inner, use_bias=True, kernel_init=s.maps, name="fc1")(norm("norm")(x).astype(x.dtype))
         zeros = nn.initializers.zeros
         return Linear(s.width, use_bias=True, kernel_init=zeros, name="fc2")(jax.nn.gelu(hidden, approximate=False))

@@ -38,9 +38,9 @@ def init(key: Array, config: VisionRememberConfig, base: Any = None) -> Any:
     norms = (levels, width) if config.level_norm == "each" else (levels * width,)
     fusion: dict[str, Any] = {"norm": {"scale": jnp.ones(norms), "bias": jnp.zeros(norms)}}
     if config.fusion == "concat_linear":
-        fusion["kernel"] = 0.02 * jax.random.normal(fuse, (levels * width, width))
+        fusion["kernel"] = config.layer.maps(fuse, (levels * width, width))
     if config.fusion == "weighted_sum":
-        fusion["weights"] = jnp.full(levels, 1 / levels)
+        fusion["weights"] = jnp.full(levels, 1 / levels, jnp.float32)
     parts = [_init_block(one, config) for one in blocks]
     return {"fusion": fusion, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)}
 
@@ -49,7 +49,7 @@ def _init_block(key: Array, config: VisionRememberConfig) -> Any:
     """The parameters of one block."""
     cross, both, ffn = jax.random.split(key, 3)
     s, x = config.layer, jnp.zeros((1, 1, config.width))
-    gate = jnp.full((config.width,) if config.gate_shape == "vector" else (), config.gate)
+    gate = jnp.full((config.width,) if config.gate_shape == "vector" else (), config.gate, jnp.float32)
     ones = lambda *shape: jnp.ones(shape, bool)  # noqa: E731
     if config.local:
         made = CrossAttention(s).init(cross, x, jnp.zeros((1, 1, s.keys, s.features)), ones(1, 1, s.keys))

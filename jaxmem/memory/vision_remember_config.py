@@ -47,6 +47,7 @@ class VisionRememberConfig:
       ffn: an MLP behind them, under the gate of the cross-attention.
       gate: its first value, tanh(gate) multiplies what is added; 0 leaves the backbone as it is.
       gate_shape: one number, or one per channel ("vector").
+      initialiser: of maps, "normal" N(0, 0.02^2), or "fan_in" N(0, 1/in), for narrow backbones.
     """
 
     width: int
@@ -70,6 +71,7 @@ class VisionRememberConfig:
     ffn: bool = False
     gate: float = 0.0
     gate_shape: Literal["scalar", "vector"] = "scalar"
+    initialiser: Literal["normal", "fan_in"] = "normal"
     name: str = "vision_remember"
 
     @property
@@ -88,7 +90,15 @@ class VisionRememberConfig:
         keys = (self.cells.ratio + 2 * self.margin) ** 2 if self.local else 0
         positions = self.positions if self.local else "none"
         return LayerSettings(
-            self.width, self.features, keys, self.inner, self.heads, self.impl, positions, self.saliency
+            self.width,
+            self.features,
+            keys,
+            self.inner,
+            self.heads,
+            self.impl,
+            positions,
+            self.saliency,
+            self.initialiser,
         )
 
     @property

@@ -294,10 +294,15 @@ def test_no_question_is_never_everything():
 
 
 def test_fresh_parameters_are_as_described():
+    init = jax.jit(vision_remember.init, static_argnums=1)
+    scalar = init(jax.random.key(3), v.config_of(v.llava(), fusion="weighted_sum"))
+    assert all(leaf.dtype == jnp.float32 and not leaf.weak_type for leaf in jax.tree.leaves(scalar))
+    assert not np.any(scalar["blocks"]["cross"]["gate"]) and np.allclose(scalar["fusion"]["weights"], 1 / 3)
     config = v.config_of(v.llava(), "vr_v2", gate=0.25, gate_shape="vector", ffn=True, saliency="bias")
-    params = jax.jit(vision_remember.init, static_argnums=1)(jax.random.key(3), config)
+    params = init(jax.random.key(3), config)
     np.testing.assert_array_equal(params["blocks"]["cross"]["gate"], np.full((2, config.width), 0.25))
     assert not np.any(params["blocks"]["ffn"]["fc2"]["kernel"]) and not np.any(params["blocks"]["cross"]["saliency"])
+    assert all(leaf.dtype == jnp.float32 and not leaf.weak_type for leaf in jax.tree.leaves(params))
     kernel = np.asarray(params["blocks"]["cross"]["k"]["kernel"])
     assert not np.array_equal(*kernel) and np.std(kernel) == pytest.approx(0.02, rel=0.1)
     assert resampling.EPS == 1e-6

@@ -21,6 +21,8 @@ from jaxmem.data.batching import Buckets, collate
 from jaxmem.data.tiles import TileProcessor
 from jaxmem.memory.resampling import CrossAttention, LayerSettings, WholeTiles
 from jaxmem.memory.vision_remember import VisionRememberConfig
+from tests.memory import oracle as plain
+from tests.memory import vision_oracle as oracle
 from tests.memory import vision_world as v
 from tests.memory import world as w
 
@@ -104,7 +106,13 @@ def test_bars_are_not_seen_and_a_window_of_bars_alone_sees_all_of_its_patches():
             known = covered(config, row - 1)
             shown = {patch for patch in known if inside[0].ravel()[patch]}
             assert set(np.flatnonzero(found[token])) == (shown or known)
-    assert {len(covered(config, 9 + cell)) for cell in (2, 5, 8)} == {1, 2}  # patches over the border do not exist
+    assert {len(covered(config, 9 + cell)) for cell in (2, 5, 8)} == {1, 2}
+    params, levels, x = v.params_of(config), v.features(config, batch), v.stream_like(batch, WIDTH)
+    out = w.quick(v.act, static_argnums=(0, 5, 6))(config, params, batch, levels, x, 0, 9)
+    row = jax.tree.map(lambda leaf: np.asarray(leaf)[0], batch)
+    p, given = plain.float64(params), [plain.float64(levels[level])[0] for level in config.levels]
+    known = oracle.remembered(config, p, plain.slot(p["blocks"], 0), plain.float64(x)[0], given, row, 9)
+    np.testing.assert_allclose(out[0], known, rtol=0, atol=2e-5)  # nor do places over the border have a share
 
 
 @functools.partial(w.quick, static_argnums=0)
