@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxmem.backbones.batch import Batch
 from jaxmem.backbones.config import BackboneConfig
+from jaxmem.backbones.llava_config import TileVision
 from jaxmem.data.batching import Buckets
 from jaxmem.training.settings import TrainConfig
 
@@ -47,6 +48,7 @@ def abstract(leading: tuple[int, ...], shape: Shape, backbone: BackboneConfig) -
     ints: dict[str, Any] = {"tokens": (t,), "positions": (3, t), "segments": (t,), "visual_rows": (t,)}
     ints |= {"patch_segments": (p,), "patch_coords": (p, 2), "patch_table": (p, 4)}
     ints |= {"patch_windows": (p,)} if backbone.vision is not None and backbone.vision.window else {}
+    ints |= {"patch_images": (p,)} if isinstance(backbone.vision, TileVision) else {}
     floats = {"loss_mask": (t,), "patches": (p, backbone.patch_dim), "patch_weights": (p, 4)}
     count, item_tokens, item_patches = shape.items
     ints |= {"prefix_rows": (t,)} if count else {}
