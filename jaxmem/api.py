@@ -163,8 +163,9 @@ class Model:
             raise ConfigError(f"the model already has a memory {config.name!r}; attach to a fresh model instead")
         spec = dataclasses.replace(self.spec, memories=(*self.spec.memories, config))
         memory = {**self.memory, **self._placed({config.name: params})}
-        asks = self.processor.mark_question or getattr(config, "asks", False)
-        processor = dataclasses.replace(self.processor, mark_question=asks)
+        processor = self.processor
+        if getattr(config, "asks", False):
+            processor = dataclasses.replace(processor, mark_question=True)
         return dataclasses.replace(self, spec=spec, memory=memory, processor=processor)
 
     def attach_lora(self, *, key: Array | None = None, **settings: Any) -> Model:
