@@ -28,7 +28,8 @@ from jaxmem.checkpoints import huggingface, peft
 from jaxmem.data import control, knowledge, query
 from jaxmem.data.batching import Buckets, collate
 from jaxmem.data.example import Example
-from jaxmem.data.processor import Processor, load_processor
+from jaxmem.data.loading import load_processor
+from jaxmem.data.processor import Processor
 from jaxmem.distributed.mesh import AXES, current, shardings
 from jaxmem.errors import ConfigError, DataError
 from jaxmem.memory import comem, former

@@ -76,6 +76,6 @@ def test_the_seeds_of_the_digit_facts_share_one_backbone():
 
     config = load("digits_comem.py")
     first, second = (stages.plan(dataclasses.replace(config, seed=seed, output=f"x/seed_{seed}")) for seed in (0, 1))
-    assert first[0] == dataclasses.replace(second[0]) and first[0].output == "runs/digits_comem/backbone"
+    assert first[0] == second[0] and first[0].output == "runs/digits_comem/backbone"
     assert first[1].backbone == second[1].backbone == "runs/digits_comem/backbone/backbone"
     assert first[1].output != second[1].output and first[1].memory_folder is None

@@ -32,16 +32,28 @@ def image_mass(is_visual: Array, places: Array) -> Observe:
     """
 
     def observe(query: Array, keys: Array, values: Array, mask: Array) -> Array:
-        rows = jnp.arange(query.shape[0])[:, None]
-        query, seen = query[rows, places], mask[rows, places]
-        heads, width = keys.shape[2:]
-        query = query.reshape(*query.shape[:2], heads, -1, width)
-        scores = jnp.einsum("brkgh,bskh->brkgs", query, keys, preferred_element_type=jnp.float32) * width**-0.5
-        scores = jnp.where(seen[:, :, None, None], scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1)
-        return jnp.where(is_visual[:, None, None, None], weights, 0.0).sum(-1).mean((2, 3))
+        weights = weights_at(query, keys, mask, places)
+        return jnp.where(is_visual[:, None], weights, 0.0).sum(-1)
 
     return observe
+
+
+def weights_at(query: Array, keys: Array, mask: Array, places: Array) -> Array:
+    """float32 [B, R, T], what some tokens of a layer give to each key, averaged over heads.
+
+    Args:
+      query: [B, T, N, H].
+      keys: [B, T, K, H].
+      mask: [B, T, T] bool.
+      places: [B, R] int32.
+    """
+    rows = jnp.arange(query.shape[0])[:, None]
+    asking, seen = query[rows, places], mask[rows, places]
+    heads, width = keys.shape[2:]
+    asking = asking.reshape(*asking.shape[:2], heads, -1, width)
+    scores = jnp.einsum("brkgh,bskh->brkgs", asking, keys, preferred_element_type=jnp.float32) * width**-0.5
+    scores = jnp.where(seen[:, :, None, None], scores, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(scores, axis=-1).mean((2, 3))
 
 
 @functools.partial(jax.jit, static_argnames="spec")

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmem.analysis.attention import weights_at
 from jaxmem.api import Model
 from jaxmem.backbones.batch import Array, Batch
 from jaxmem.backbones.decoder import Observe
@@ -57,13 +58,7 @@ def shares(visual: Array, first: Array, places: Array) -> Observe:
     """
 
     def observe(query: Array, keys: Array, values: Array, mask: Array) -> Array:
-        rows = jnp.arange(query.shape[0])[:, None]
-        asking, seen = query[rows, places], mask[rows, places]
-        heads, width = keys.shape[2:]
-        asking = asking.reshape(*asking.shape[:2], heads, -1, width)
-        scores = jnp.einsum("brkgh,bskh->brkgs", asking, keys, preferred_element_type=jnp.float32) * width**-0.5
-        scores = jnp.where(seen[:, :, None, None], scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).mean(axis=(2, 3))  # [B, R, T]
+        weights = weights_at(query, keys, mask, places)
         sink = jnp.arange(keys.shape[1]) == first[:, None]
         on = lambda chosen: jnp.where(chosen[:, None], weights, 0.0).sum(axis=-1)  # noqa: E731
         return jnp.stack([weights.sum(axis=-1), on(visual), on(sink & ~visual)])

@@ -29,7 +29,7 @@ class Batch:
       visual_rows: [B, T] int32 index into the row's merged visual rows, or -1 where the token is text.
       blind: [B] bool, visual-key blocking: text queries of this row cannot attend to visual keys in the backbone.
       patches: [B, P, C] flattened pixels, C = channels * temporal_patch * patch * patch; P may be 0.
-      patch_segments: [B, P] int32, 0 for padding, 1.. one number per frame: attention stays within a frame.
+      patch_segments: [B, P] int32, 0 for padding, 1.. one number per frame (or tile): attention stays within it.
       patch_coords: [B, P, 2] int32 (row, column) of the patch in its frame, for the 2-D rotary embedding.
       patch_table: [B, P, 4] int32 rows of the learned position table that surround the patch; zero without a table.
       patch_weights: [B, P, 4] float32 bilinear weights of those rows; zero for padding.

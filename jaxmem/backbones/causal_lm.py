@@ -72,7 +72,7 @@ def text_config(text: Mapping[str, Any], where: str, tied: bool) -> TextConfig:
     heads = require(text, "num_attention_heads", where)
     half = (text.get("head_dim") or require(text, "hidden_size", where) // heads) // 2
     config = qwen.text_config(
-        {"rms_norm_eps": family["norm_eps"], "rope_theta": 10_000.0, **text, "rope_scaling": None} | _rope(rope),
+        {"rms_norm_eps": family["norm_eps"], "rope_theta": 10_000.0, **text},
         where,
         tied,
         (half, 0, 0),
@@ -83,11 +83,6 @@ def text_config(text: Mapping[str, Any], where: str, tied: bool) -> TextConfig:
     )
     _check(config, text, where, rope.get("rope_type", rope.get("type", "default")))
     return config
-
-
-def _rope(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The base of the frequencies, in the newer spelling."""
-    return {"rope_parameters": {"rope_theta": rope["rope_theta"]}} if "rope_theta" in rope else {"rope_parameters": {}}
 
 
 def _check(config: TextConfig, text: Mapping[str, Any], where: str, rope: str) -> None:

@@ -10,21 +10,9 @@ import jax
 import numpy as np
 
 from jaxmem.backbones.batch import Batch
-from jaxmem.data.example import Example
+from jaxmem.data.example import PER_TOKEN, Example
 from jaxmem.errors import ConfigError, DataError
 
-PER_TOKEN = {
-    "tokens": 0,
-    "positions": 0,
-    "loss_mask": 0,
-    "visual_rows": -1,
-    "prefix_rows": -1,
-    "visual_taps": 0,
-    "visual_weights": 0,
-    "question": 0,
-    "query_rows": -1,
-}
-"""Fields of an Example whose last axis is its tokens, and the values of their padding."""
 _OPTIONAL = ("prefix_rows", "query_rows", "visual_taps", "visual_weights", "question")
 _PER_PATCH = (
     "patches",

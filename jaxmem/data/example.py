@@ -6,17 +6,18 @@ import dataclasses
 
 import numpy as np
 
-PER_TOKEN = (
-    "tokens",
-    "positions",
-    "loss_mask",
-    "visual_rows",
-    "prefix_rows",
-    "visual_taps",
-    "visual_weights",
-    "question",
-)
-"""Fields whose last axis is T."""
+PER_TOKEN = {
+    "tokens": 0,
+    "positions": 0,
+    "loss_mask": 0,
+    "visual_rows": -1,
+    "prefix_rows": -1,
+    "visual_taps": 0,
+    "visual_weights": 0,
+    "question": 0,
+    "query_rows": -1,
+}
+"""Fields of an Example whose last axis is its tokens, and the values of their padding."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jaxmem.data.batching import PER_TOKEN
-from jaxmem.data.example import Example
+from jaxmem.data.example import PER_TOKEN, Example
 from jaxmem.data.images import load_image
 from jaxmem.data.processor import Processor
 from jaxmem.errors import DataError

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxmem import config as configs
-from jaxmem.backbones import cells as windows
 from jaxmem.backbones import encoder, registry
 from jaxmem.backbones.batch import Array, Batch, rows_at
 from jaxmem.backbones.config import BackboneConfig, VisionConfig
@@ -29,6 +28,7 @@ from jaxmem.backbones.layers import Linear
 from jaxmem.backbones.ports import Port, Ports
 from jaxmem.backbones.vision import Cells, Visual
 from jaxmem.errors import ConfigError
+from jaxmem.memory import vision_rows
 from jaxmem.memory.resampling import MASKED
 
 SAMPLERS = 10
@@ -205,20 +205,19 @@ def prompt_ports(config: SVAConfig, params: Any, base: Any, visual: Visual | Non
     """
     if visual is None:
         return Ports()
-    tokens = _tokens(config, batch, visual.rows.shape[1])
+    tokens = vision_rows.places(batch, visual.rows.shape[1], config.cells)
     levels = normed(config, params["norm"], visual)
     context, own = means(config, levels, batch, tokens.shape[1])
-    packed = [_regions(config, level) for level in levels]
-    mask = _regions(config, (jnp.asarray(batch.patch_segments) > 0)[..., None])[..., 0]
+    packed = tuple(vision_rows.regions(config.cells, level)[0] for level in levels)
+    mask = vision_rows.regions(config.cells, (jnp.asarray(batch.patch_segments) > 0)[..., None])[0][..., 0]
 
     def act(slot: Any, x: Array, _: Array | None) -> Array:
-        z = jnp.take_along_axis(x, jnp.maximum(tokens, 0)[..., None], axis=1)
+        z = vision_rows.taken(x, tokens)
         sampler = {name: leaf for name, leaf in slot.items() if name != "gate"}
-        found: Any = Sampler(config).apply({"params": sampler}, z, context, own, tuple(packed), mask)
+        found: Any = Sampler(config).apply({"params": sampler}, z, context, own, packed, mask)
         if config.gate is not None:
             found = jnp.tanh(slot["gate"]).astype(x.dtype) * found
-        row, place = jnp.arange(len(x))[:, None], jnp.where(tokens >= 0, tokens, x.shape[1])
-        return x.at[row, place].set(z + found, mode="drop")
+        return vision_rows.put(x, tokens, z + found)
 
     return Ports(after_layer=(Port(params["blocks"], act, config.layers),))
 
@@ -248,25 +247,6 @@ def means(config: SVAConfig, levels: list[Array], batch: Batch, count: int) -> t
     mean = jnp.einsum("bgp,bpc->bgc", shares, mean, precision=jax.lax.Precision.HIGHEST)
     own = jnp.maximum(segments.reshape(len(segments), tiles, size).max(axis=-1) - 1, 0)
     return mean, jnp.repeat(own, count // tiles, axis=1)
-
-
-def _regions(config: SVAConfig, features: Array) -> Array:
-    """[B, P, ...] -> [B, M, K, ...] the patches of every row's region."""
-    rows, patches, width = features.shape
-    side, ratio = config.cells.side, config.cells.ratio
-    if not side:
-        return features.reshape(rows, -1, ratio**2, width)
-    packed, _ = windows.pack(features.reshape(rows, patches // side**2, side**2, width), side, ratio)
-    return packed.reshape(rows, -1, ratio**2, width)
-
-
-def _tokens(config: SVAConfig, batch: Batch, rows: int) -> Array:
-    """[B, M] the token that stands for each visual row, or -1 where none does (padding, and what unpadding cut off)."""
-    index = jnp.asarray(batch.visual_rows)
-    row, place = jnp.arange(len(index))[:, None], jnp.arange(index.shape[1], dtype=jnp.int32)
-    found = jnp.full((len(index), rows), -1, jnp.int32)
-    found = found.at[row, jnp.where(index >= 0, index, rows)].set(place[None], mode="drop")
-    return found[:, config.cells.first :]
 
 
 def prepare(config: SVAConfig, params: Any, visual: Array | None, rows: Array, stream: Stream) -> None:

@@ -17,12 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmem.backbones import cells as windows
 from jaxmem.backbones.batch import Array, Batch
 from jaxmem.backbones.decoder import Stream
 from jaxmem.backbones.ports import Port, Ports
 from jaxmem.backbones.vision import Visual
 from jaxmem.errors import ConfigError
+from jaxmem.memory import vision_rows
 from jaxmem.memory.resampling import EPS, MASKED, CrossAttention, FeedForward, SelfAttention, WholeTiles
 from jaxmem.memory.vision_remember_config import PRESETS, VisionRememberConfig, create
 
@@ -111,7 +111,7 @@ def prompt_ports(config: VisionRememberConfig, params: Any, base: Any, visual: V
             "vision_remember reads the question and the batch does not mark it: encode with a processor whose"
             " mark_question is on (Model.attach sets it), or set text_token='none'"
         )
-    tokens = _places(batch, visual.rows.shape[1])[:, config.cells.first :]
+    tokens = vision_rows.places(batch, visual.rows.shape[1], config.cells)
     features = fuse(config, params["fusion"], tuple(visual.levels[level] for level in config.levels))
     seen, mask = _windows(config, features, batch, tokens.shape[1])
     images = jnp.where(tokens >= 0, _images(config, batch, tokens.shape[1]), 0)
@@ -122,29 +122,14 @@ def prompt_ports(config: VisionRememberConfig, params: Any, base: Any, visual: V
     return Ports(after_layer=(Port(params["blocks"], act, config.layers),))
 
 
-def _places(batch: Batch, rows: int) -> Array:
-    """[B, M] the token that stands for each visual row, or -1 (rows of padding, and what unpadding dropped)."""
-    index = jnp.asarray(batch.visual_rows)
-    row, place = jnp.arange(len(index))[:, None], jnp.arange(index.shape[1], dtype=jnp.int32)
-    empty = jnp.full((len(index), rows), -1, jnp.int32)
-    return empty.at[row, jnp.where(index >= 0, index, rows)].set(place[None], mode="drop")
-
-
 def _windows(config: VisionRememberConfig, features: Array, batch: Batch, count: int) -> tuple[Array, Array]:
     """What each visual row may ask: windows [B, M, K, C] and their mask [B, M, K]; or all features and [B, M, P]."""
-    c, region, inside = config, config.cells, jnp.asarray(batch.patch_segments) > 0
-    rows, patches = inside.shape
-    if not c.local:
-        return features, _same_tile(c, batch, count)
-    if not region.side:
-        size = region.ratio**2
-        return features.reshape(rows, -1, size, features.shape[-1]), inside.reshape(rows, -1, size)
-    tiles = lambda x: x.reshape(rows, patches // region.side**2, region.side**2, -1)  # noqa: E731
-    packed, exists = windows.halo(tiles(features), region.side, region.ratio, c.margin)
-    within = windows.halo(tiles(inside), region.side, region.ratio, c.margin)[0][..., 0]
-    within = jnp.where(within.any(axis=-1, keepdims=True), within, jnp.asarray(exists))  # all bar: what there is
-    flat = lambda x: x.reshape(rows, -1, *x.shape[3:])  # noqa: E731
-    return flat(packed), flat(within)
+    if not config.local:
+        return features, _same_tile(config, batch, count)
+    inside = (jnp.asarray(batch.patch_segments) > 0)[..., None]
+    packed, exists = vision_rows.regions(config.cells, features, config.margin)
+    within = vision_rows.regions(config.cells, inside, config.margin)[0][..., 0]
+    return packed, jnp.where(within.any(axis=-1, keepdims=True), within, exists)  # all bar: what there is
 
 
 def _same_tile(config: VisionRememberConfig, batch: Batch, count: int) -> Array:
@@ -178,7 +163,7 @@ def _remember(
     batch: Batch,
 ) -> Array:
     """The residual stream [B, T, D] with the rows of vision tokens rewritten; every other row stays as it is."""
-    asking = jnp.take_along_axis(x, jnp.maximum(tokens, 0)[..., None], axis=1)
+    asking = vision_rows.taken(x, tokens)
     gate = lambda part: jnp.tanh(slot[part]["gate"]).astype(x.dtype)  # noqa: E731
 
     def cross(z: Array) -> Array:
@@ -197,8 +182,7 @@ def _remember(
     if config.ffn:
         added: Any = FeedForward(config.layer).apply({"params": slot["ffn"]}, z)
         z = z + gate("cross") * added
-    row, place = jnp.arange(len(x))[:, None], jnp.where(tokens >= 0, tokens, x.shape[1])
-    return x.at[row, place].set(z, mode="drop")
+    return vision_rows.put(x, tokens, z)
 
 
 def _text(config: VisionRememberConfig, own: Any, x: Array, batch: Batch) -> Array:

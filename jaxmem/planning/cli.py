@@ -16,10 +16,11 @@ from jaxmem.distributed.mesh import AXES, make_mesh
 from jaxmem.errors import ConfigError
 from jaxmem.planning import chips, gpu, report, scaling
 from jaxmem.planning.advice import advice
+from jaxmem.planning.architecture import backbone_of
 from jaxmem.planning.batches import Shape
 from jaxmem.planning.chips import Topology
 from jaxmem.planning.measure import plan_program
-from jaxmem.planning.programs import Program, backbone_of, programs
+from jaxmem.planning.programs import Program, programs
 from jaxmem.planning.report import Plan, ProgramPlan
 from jaxmem.training import stages
 from jaxmem.training.settings import MeshConfig, TrainConfig

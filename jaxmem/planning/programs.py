@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,16 +19,12 @@ from jaxmem import api
 from jaxmem.adapters import lora
 from jaxmem.backbones import registry
 from jaxmem.backbones.batch import Batch
-from jaxmem.backbones.config import BackboneConfig
-from jaxmem.backbones.published import PUBLISHED
-from jaxmem.checkpoints import huggingface
-from jaxmem.config import build, suggestion
+from jaxmem.config import build
 from jaxmem.distributed.mesh import activation_sharding, batch_shardings, shardings
-from jaxmem.errors import ConfigError
-from jaxmem.memory.registry import memory as memory_module
 from jaxmem.memory.vismem import TYPES
 from jaxmem.model import Spec, init_memory
 from jaxmem.planning import needed
+from jaxmem.planning.architecture import backbone_of, spec_of
 from jaxmem.planning.batches import Shape, abstract, item_lengths
 from jaxmem.sampling import generate, insertion
 from jaxmem.sampling.logits import SamplerConfig
@@ -64,33 +59,6 @@ class Program:
     tokens: float
     trips: tuple[float, ...]
     branch_share: Mapping[str, float]
-
-
-def backbone_of(config: TrainConfig) -> BackboneConfig:
-    """The architecture of a configuration's backbone, from its folder or, before it is there, by its name.
-
-    Raises:
-      ConfigError: there is no such folder, and the name is none of the published ones.
-    """
-    folder = Path(config.backbone) if config.backbone else api.TINY
-    if folder.is_dir():
-        return registry.config_from_hf(huggingface.read_config(folder))
-    if folder.name in PUBLISHED:
-        return PUBLISHED[folder.name]
-    near = suggestion(folder.name, PUBLISHED)
-    raise ConfigError(f"config.backbone: no folder {config.backbone!r}, and it is no name that can be planned{near}")
-
-
-def spec_of(config: TrainConfig, backbone: BackboneConfig) -> Spec:
-    """What a configuration computes: a memory that is still to be trained is planned as the published PVM."""
-    if config.memory_folder is not None and Path(config.memory_folder).is_dir():
-        name, settings = huggingface.read_memory_config(config.memory_folder, backbone)
-        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-        return Spec(backbone, (memory_module(name).create(backbone, **settings),))
-    if config.memory is None and config.memory_folder is None:
-        return Spec(backbone)
-    settings = dict(config.memory or {"name": "pvm"})
-    return Spec(backbone, (memory_module(settings.pop("name")).create(backbone, **settings),))
 
 
 def programs(config: TrainConfig, mesh: Mesh, shape: Shape | None = None) -> list[Program]:

@@ -8,6 +8,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -126,25 +127,7 @@ def token_logprobs(
         lambda leaf: _chunks(leaf, chunk * ways(*ROWS) // rows, parts), (hidden, tokens, mask > 0, allowed)
     )
 
-    def score(
-        hidden: jax.Array, tokens: jax.Array, mask: jax.Array, allowed: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        logits = _logits(hidden, unembedding) / temperature
-        ids, wanted = jnp.arange(logits.shape[-1]), tokens[..., None]
-        if control is not None:
-            logits = jnp.where(ids < control.first, logits, -jnp.inf)
-        total, here = jax.nn.logsumexp(logits, axis=-1), ids == wanted
-        chosen = jnp.sum(jnp.where(here, logits, 0.0), axis=-1)
-        free = jax.lax.stop_gradient(logits)
-        if control is not None:
-            own = _control_logits(control, hidden, allowed) / temperature
-            chosen = _chosen_control(control, tokens, own, chosen)
-            total = jnp.logaddexp(total, jax.nn.logsumexp(own, axis=-1))
-            free = jnp.concatenate([free, jax.lax.stop_gradient(own)], axis=-1)
-        level = jax.lax.stop_gradient(total)
-        spread = jnp.exp(free - level[..., None]) * jnp.where(jnp.isfinite(free), free, 0.0)
-        entropy = level - jnp.sum(spread, axis=-1)
-        return jnp.where(mask, chosen - total, 0.0), jnp.where(mask, entropy, 0.0)
+    score = functools.partial(_scored, unembedding, temperature, control)
 
     def body(_: None, piece: Any) -> tuple[None, tuple[jax.Array, jax.Array]]:
         nothing = jnp.zeros(piece[1].shape, jnp.float32)
@@ -152,6 +135,34 @@ def token_logprobs(
 
     _, found = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), None, pieces)
     return _joined(found[0], parts)[:, :length], _joined(found[1], parts)[:, :length]
+
+
+def _scored(
+    unembedding: jax.Array,
+    temperature: float,
+    control: Control | None,
+    hidden: jax.Array,
+    tokens: jax.Array,
+    mask: jax.Array,
+    allowed: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """`token_logprobs` of one chunk [B, C]: (log-probabilities, entropies)."""
+    logits = _logits(hidden, unembedding) / temperature
+    ids, wanted = jnp.arange(logits.shape[-1]), tokens[..., None]
+    if control is not None:
+        logits = jnp.where(ids < control.first, logits, -jnp.inf)
+    total, here = jax.nn.logsumexp(logits, axis=-1), ids == wanted
+    chosen = jnp.sum(jnp.where(here, logits, 0.0), axis=-1)
+    free = jax.lax.stop_gradient(logits)
+    if control is not None:
+        own = _control_logits(control, hidden, allowed) / temperature
+        chosen = _chosen_control(control, tokens, own, chosen)
+        total = jnp.logaddexp(total, jax.nn.logsumexp(own, axis=-1))
+        free = jnp.concatenate([free, jax.lax.stop_gradient(own)], axis=-1)
+    level = jax.lax.stop_gradient(total)
+    spread = jnp.exp(free - level[..., None]) * jnp.where(jnp.isfinite(free), free, 0.0)
+    entropy = level - jnp.sum(spread, axis=-1)
+    return jnp.where(mask, chosen - total, 0.0), jnp.where(mask, entropy, 0.0)
 
 
 def _control_logits(control: Control, hidden: jax.Array, allowed: Any) -> jax.Array:

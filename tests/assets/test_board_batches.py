@@ -14,7 +14,7 @@ from jaxmem.backbones.registry import config_from_hf
 from jaxmem.checkpoints.huggingface import read_config
 from jaxmem.data.batching import Buckets, collate
 from jaxmem.data.boards import CELLS, WORDS, BoardDataset, board_tokens
-from jaxmem.data.processor import load_processor
+from jaxmem.data.loading import load_processor
 
 CONFIG = config_from_hf(read_config(TINY))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ import jaxmem
 from jaxmem.checkpoints.assemble import assemble
 from jaxmem.cli import main
 from jaxmem.data.batching import Buckets, collate
-from jaxmem.errors import CheckpointError, ConfigError
+from jaxmem.errors import ConfigError
 from tests.backbones import clip_folder
 from tests.backbones.prompts import picture, text, user
 from tests.llava_folder import write_decoder
@@ -58,10 +59,7 @@ def test_parts_keep_their_weights_and_a_new_token_gets_the_mean(parts, tmp_path:
     np.testing.assert_array_equal(table[:-1], alone.base["embed"])
     np.testing.assert_allclose(table[-1], table[:-1].mean(axis=0), atol=1e-6)
     for name in ("layers", "norm"):
-        assert str(whole.base[name].keys()) == str(alone.base[name].keys())
-    np.testing.assert_array_equal(
-        whole.base["layers"]["ffn"]["up"]["kernel"], alone.base["layers"]["ffn"]["up"]["kernel"]
-    )
+        assert jax.tree.all(jax.tree.map(np.array_equal, whole.base[name], alone.base[name]))
     assert whole.spec.backbone.vision.projector.tokens == 4
     assert len(whole.generate(CHAT, max_new_tokens=3, stop_tokens=())[0].tokens) == 3
 
@@ -83,5 +81,5 @@ def test_parts_that_do_not_fit_are_refused(parts, tmp_path: Path) -> None:
         assemble(decoder, tower, tmp_path / "a", projector={"name": "avgpool", "ratio": 9})
     with pytest.raises(ConfigError, match="not supported"):
         assemble(tower, tower, tmp_path / "b")
-    with pytest.raises((ConfigError, CheckpointError), match="not supported|no"):
+    with pytest.raises(ConfigError, match="model_type 'qwen2' is not supported; supported: clip"):
         assemble(decoder, decoder, tmp_path / "c")

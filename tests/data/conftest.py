@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from jaxmem.backbones.config import BackboneConfig, TextConfig, VisionConfig
-from jaxmem.data.processor import Processor, load_processor
+from jaxmem.data.loading import load_processor
+from jaxmem.data.processor import Processor
 from tests.helpers import write_tokenizer
 
 

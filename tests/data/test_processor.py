@@ -14,8 +14,8 @@ import pytest
 import transformers
 from PIL import Image
 
+from jaxmem.data.loading import load_processor
 from jaxmem.data.messages import take_apart
-from jaxmem.data.processor import load_processor
 from jaxmem.data.video import timestamps
 from jaxmem.errors import CheckpointError
 from tests.helpers import write_tokenizer
@@ -366,7 +366,7 @@ import sys
 sys.modules["torch"] = None  # makes the installed package invisible
 import numpy as np
 from jaxmem.backbones.config import BackboneConfig, TextConfig, VisionConfig
-from jaxmem.data.processor import load_processor
+from jaxmem.data.loading import load_processor
 text = TextConfig(2, 64, 96, 4, 2, 16, 512)
 vision = VisionConfig(3, 32, 48, 4, 64, (0, 2), table_side=8)
 processor = load_processor(sys.argv[1], BackboneConfig("qwen3_vl", text, vision, 500, 501, 502, 503))

@@ -9,8 +9,8 @@ import pytest
 
 from jaxmem.backbones import registry
 from jaxmem.checkpoints.huggingface import read_config
+from jaxmem.data.loading import load_processor
 from jaxmem.data.messages import question_spans
-from jaxmem.data.processor import load_processor
 from jaxmem.errors import DataError
 from tests.backbones.prompts import image, text, user
 from tests.helpers import write_qwen2_tokenizer

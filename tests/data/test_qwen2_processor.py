@@ -15,9 +15,9 @@ from transformers.vision_utils import get_vision_window_index
 
 from jaxmem.backbones.config import BackboneConfig, TextConfig, VisionConfig
 from jaxmem.data.batching import Buckets, collate, widen
+from jaxmem.data.loading import load_processor
 from jaxmem.data.pixels import load_image_processor
 from jaxmem.data.positions import mrope_positions, patch_tables
-from jaxmem.data.processor import load_processor
 from jaxmem.data.video import time_step
 from jaxmem.errors import CheckpointError
 from tests.helpers import write_qwen2_tokenizer

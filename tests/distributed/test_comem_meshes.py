@@ -15,9 +15,7 @@ from jaxmem.data.positions import mrope_positions, patch_tables
 from jaxmem.distributed import mesh as meshes
 from jaxmem.memory import comem
 from jaxmem.model import Spec
-from jaxmem.sampling.generate import generate
-from jaxmem.sampling.logits import SamplerConfig
-from jaxmem.training import descent, optimizer, placing, sft, trees
+from jaxmem.training import trees
 from tests.distributed import world as w
 from tests.memory.comem_world import noisy
 
@@ -73,45 +71,22 @@ def mesh_of(name):
 
 @functools.cache
 def learnt(name):
-    """Losses, gradient norms and parameters of three steps in two microbatches."""
-    mesh = mesh_of(name)
-    about = optimizer.OptimizerConfig(learning_rate=1e-3, warmup_ratio=0.0)
-    with meshes.current(mesh):
-        trainable, frozen = trees.split(w.placed(whole(), mesh), "memory")
-        step = sft.make_train_step(sft.model_forward(SPEC, trainable), about, 10, trainable, donate=False)
-        state, found = descent.init_state(about, trainable, 0), []
-        for _ in range(3):
-            state, metrics = step(state, frozen, placing.place(batch(), 2, mesh))
-            found.append((float(metrics["loss"]), float(metrics["grad_norm"])))
-        return np.array(found), jax.device_get(state.trainable)
+    return w.learn(SPEC, whole(), batch(), "memory", mesh_of(name))
 
 
 @functools.cache
 def sampled(name):
-    """Tokens and their log-probabilities."""
-    mesh = mesh_of(name)
-    settings = SamplerConfig(max_new_tokens=NEW, temperature=1.0, stop_tokens=(3,), pad_token=1)
-    with meshes.current(mesh):
-        tree = w.placed(whole(), mesh)
-        found = generate(SPEC, tree["base"], tree["memory"], placing.put(batch(), mesh), settings, jax.random.key(3))
-        return jax.device_get((found.tokens, found.logprobs))
+    return w.draw(SPEC, whole(), batch(), NEW, mesh_of(name))
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_check_26_training_equals_one_device(name):
-    (ours, after), (wanted, expected) = learnt(name), learnt(ONE)
-    np.testing.assert_allclose(ours, wanted, rtol=1e-5)
-    assert wanted[0, 0] != wanted[-1, 0]
-    # Adam divides by the root of the square: where a gradient is almost nothing, rounding decides its sign
-    moved = jax.tree.map(lambda a, b: float(np.mean(np.abs(a - b))), after, expected)
-    assert max(jax.tree.leaves(moved)) < 1e-5
+    w.assert_learnt_alike(learnt(name), learnt(ONE), 1e-5)
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_sampling_equals_one_device(name):
-    (tokens, logprobs), (wanted, expected) = sampled(name), sampled(ONE)
-    np.testing.assert_array_equal(tokens, wanted)
-    np.testing.assert_allclose(logprobs, expected, rtol=0, atol=1e-5)
+    w.assert_drawn_alike(sampled(name), sampled(ONE))
 
 
 def test_weights_are_cut_to_pieces():

@@ -18,6 +18,7 @@ from jaxmem.data.positions import mrope_positions, patch_tables
 from jaxmem.distributed import mesh as meshes
 from jaxmem.memory import pvm
 from jaxmem.model import Spec, init_memory
+from jaxmem.sampling.generate import generate
 from jaxmem.sampling.logits import SamplerConfig
 from jaxmem.sampling.rollout import Rollout, rollout
 from jaxmem.training import descent, grpo, placing, sft, trees
@@ -148,3 +149,42 @@ def reinforced(mesh: Any, trainable: Any) -> Outcome:
         update = grpo.make_update(score, LossConfig(), OPTIMIZER, 10, train, NEW)
         state, sums, *_ = update(descent.init_state(OPTIMIZER, train, 5), frozen, samples)
         return Outcome((float(sums.loss / sums.denominator),), _gradient(state), state, rolled)
+
+
+def learn(spec: Spec, whole: Any, batch: Batch, trains: str, mesh: Any) -> tuple[np.ndarray, Any]:
+    """Losses and gradient norms [3, 2] and the parameters after three supervised steps in two microbatches."""
+    about = OptimizerConfig(learning_rate=1e-3, warmup_ratio=0.0)
+    with meshes.current(mesh):
+        trainable, frozen = trees.split(placed(whole, mesh), trains)
+        step = sft.make_train_step(sft.model_forward(spec, trainable), about, 10, trainable, donate=False)
+        state, found = descent.init_state(about, trainable, 0), []
+        for _ in range(3):
+            state, metrics = step(state, frozen, placing.place(batch, 2, mesh))
+            found.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+        return np.array(found), jax.device_get(state.trainable)
+
+
+def draw(spec: Spec, whole: Any, batch: Batch, new: int, mesh: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and their log-probabilities."""
+    settings = SamplerConfig(max_new_tokens=new, temperature=1.0, stop_tokens=(3,), pad_token=1)
+    with meshes.current(mesh):
+        tree = placed(whole, mesh)
+        found = generate(spec, tree["base"], tree["memory"], placing.put(batch, mesh), settings, jax.random.key(3))
+        return jax.device_get((found.tokens, found.logprobs))
+
+
+def assert_learnt_alike(ours: tuple[np.ndarray, Any], one: tuple[np.ndarray, Any], moved: float) -> None:
+    """Two results of `learn`: losses and norms to 1e-5; parameters to `moved` on the mean of each leaf.
+
+    Adam divides by the root of the square: where a gradient is almost nothing, rounding decides its sign.
+    """
+    np.testing.assert_allclose(ours[0], one[0], rtol=1e-5)
+    assert one[0][0, 0] != one[0][-1, 0]
+    differences = jax.tree.map(lambda a, b: float(np.mean(np.abs(a - b))), ours[1], one[1])
+    assert max(jax.tree.leaves(differences)) < moved
+
+
+def assert_drawn_alike(ours: tuple[np.ndarray, np.ndarray], one: tuple[np.ndarray, np.ndarray]) -> None:
+    """Two results of `draw`: equal tokens, log-probabilities to 1e-5."""
+    np.testing.assert_array_equal(ours[0], one[0])
+    np.testing.assert_allclose(ours[1], one[1], rtol=0, atol=1e-5)

@@ -23,7 +23,7 @@ from jaxmem.backbones import decoder, registry
 from jaxmem.backbones.batch import Batch
 from jaxmem.checkpoints import huggingface
 from jaxmem.data.batching import Buckets
-from jaxmem.data.processor import load_processor
+from jaxmem.data.loading import load_processor
 from jaxmem.model import Spec
 from jaxmem.sampling import cache
 from tests.backbones.prompts import image, text, user

@@ -102,7 +102,7 @@ def test_a_policy_with_lora_of_its_own_does_not_change_the_encoder():
 def test_check_12_the_template_token_by_token(tmp_path):
     """The published format, spelt out: no system turn, image, suffix, text; 512 x 512 pixels are 324 tokens."""
     ids = write_qwen2_tokenizer(tmp_path, max_pixels=512 * 512)
-    from jaxmem.data.processor import load_processor
+    from jaxmem.data.loading import load_processor
 
     model = w.pair("qwen2_5_vl")[0]
     processor = load_processor(tmp_path, model.spec.backbone)
