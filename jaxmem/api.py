@@ -6,7 +6,7 @@ Every method is a line or two onto the pure functions that training and sampling
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from jaxmem.assets import TINY
 from jaxmem.backbones import registry
 from jaxmem.backbones.batch import Array, Batch
 from jaxmem.backbones.config import BackboneConfig
-from jaxmem.checkpoints import huggingface, peft
+from jaxmem.checkpoints import exported, huggingface, peft
 from jaxmem.data import control, knowledge, query
 from jaxmem.data.batching import Buckets, collate
 from jaxmem.data.example import Example
@@ -149,6 +149,10 @@ class Model:
           CheckpointError: no memory there, one for another backbone or encoder, or tensors that do not fit.
         """
         name, stored = huggingface.read_memory_config(folder, self.spec.backbone)
+        return self._restored(folder, name, stored, huggingface.load_memory)
+
+    def _restored(self, folder: str | Path, name: str, stored: Mapping[str, Any], read: Callable[..., Any]) -> Model:
+        """The model with a memory of stored settings; `read(folder, config, backbone, shapes)` gives its parameters."""
         module = memory_module(name)
         settings = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
         if name == "comem":
@@ -157,7 +161,7 @@ class Model:
         if name == "vismem":
             control.check(self.processor.tokenizer, config)
         shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), config))
-        return self._with(config, huggingface.load_memory(folder, config, self.spec.backbone, shapes))
+        return self._with(config, read(folder, config, self.spec.backbone, shapes))
 
     def _with(self, config: Any, params: Any) -> Model:
         if config.name in self.memory:
@@ -341,6 +345,12 @@ class Model:
         text = self.processor.decode(text_tokens(tokens, kinds, length))
         return Completion(text, ids, tuple(float(logprobs[slot]) for slot in kept), stopped, tuple(events))
 
+    def export(self, folder: str | Path, to: str = "hf", **options: Any) -> Any:
+        """Writes a folder for PyTorch and proves it there; see `jaxmem.export.cli.export`."""
+        from jaxmem.export.cli import export  # heavy, and it needs this module
+
+        return export(self, folder, to, **options)
+
     def save(self, folder: str | Path) -> None:
         """Writes the attached memory (not the backbone) to a folder that `restore` and `load` read.
 
@@ -376,7 +386,8 @@ def load(
     """A model from a Hugging Face folder.
 
     Args:
-      path: folder with config.json, safetensors, tokenizer and preprocessor; the embedded tiny backbone by default.
+      path: folder with config.json, safetensors, tokenizer and preprocessor; the embedded tiny backbone by default. A
+        folder that `jaxmem export --to=hf` wrote brings its memory along.
       dtype: of the weights and of the arithmetic ("bfloat16", "float32"); None keeps what is stored.
       memory: a folder that `Model.save` wrote.
       encoder: folder of the model that reads items and prompts for this one (`Model.with_encoder`).
@@ -395,7 +406,10 @@ def load(
     if mesh is not None:
         check_heads(config, mesh)
         sharding = shardings(mesh, registry.backbone(config.model_type).shapes(config))
-    base = huggingface.load_backbone(folder, config, dtype=dtype, sharding=sharding)
-    bare = Model(Spec(config), base, {}, processor, folder)
-    bare = bare if beside is None else bare.with_encoder(beside)
-    return bare if memory is None else bare.restore(memory)
+    own = (exported.section(folder) or {}).get("memory")
+    ignore = None if own is None else exported.OWN.pattern
+    base = huggingface.load_backbone(folder, config, dtype=dtype, sharding=sharding, ignore=ignore)
+    model = Model(Spec(config), base, {}, processor, folder)
+    model = model if beside is None else model.with_encoder(beside)
+    model = model if own is None else model._restored(folder, own["name"], own, exported.load_memory)
+    return model if memory is None else model.restore(memory)

@@ -172,6 +172,21 @@ VERBS: Mapping[str, Verb] = {
         ),
         example="jaxmem assemble --text=Qwen2-1.5B --vision=clip-336 --projector=avgpool --ratio=2 --output=llava",
     ),
+    "export": Verb(
+        "jaxmem.export.cli:main",
+        "write a folder for PyTorch, and prove it by loading it there",
+        (
+            Flag("to", "text", "hf", "the format"),
+            Flag("model", "text", None, "a Hugging Face folder (default: the shipped tiny backbone)"),
+            Flag("memory", "text", None, "a folder with a trained memory"),
+            Flag("lora", "text", None, "a PEFT folder with factors of the backbone"),
+            Flag("output", "text", None, "the folder to write; must not exist"),
+            Flag("dtype", "text", None, "float32, bfloat16 or float16 (default: as stored)"),
+            Flag("max_shard_mb", "int", 5000, "megabytes per file of weights"),
+            Flag("unproven", "bool", False, "do not load the folder in torch"),
+        ),
+        example="jaxmem export --to=hf --model=Qwen3-VL-8B --memory=runs/pvm/memory --output=pvm-hf",
+    ),
     "plan": Verb(
         "jaxmem.planning.cli:main",
         "say what a run would need on a TPU pod or GPUs, without having them",

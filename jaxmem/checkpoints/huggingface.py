@@ -15,6 +15,7 @@ from jaxmem.backbones import registry
 from jaxmem.backbones.config import BackboneConfig
 from jaxmem.checkpoints import (
     causal_names,
+    exported,
     llava_names,
     mlp_names,
     own_names,
@@ -55,7 +56,7 @@ SHARD_SIZE = 5_000_000_000
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The parsed `config.json` of a Hugging Face folder.
+    """The parsed `config.json` of a Hugging Face folder; of one with a memory (`exported`), its backbone's.
 
     Raises:
       CheckpointError: no such folder or file, or not JSON.
@@ -64,6 +65,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not Path(folder).is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     config = read_json(Path(folder) / "config.json")
+    if exported.is_exported(config):
+        config = exported.backbone_of(config, f"{folder}/config.json")
     _known(config.get("model_type"), BACKBONE_TABLES, f"{folder}/config.json: model_type")
     return config
 

@@ -49,10 +49,13 @@ class View:
 
 
 def view(leaf: Any) -> View:
-    """A leaf of our tree (jax.Array, numpy array or ShapeDtypeStruct, which cannot be read) as a View.
+    """A leaf of our tree (jax.Array, numpy array, ShapeDtypeStruct, which cannot be read, or a View) as a View.
 
     Of an array that is spread over several hosts, all hosts read the same boxes in the same order.
     """
+
+    if isinstance(leaf, View):
+        return leaf
 
     def box(index: Box) -> np.ndarray:
         if isinstance(leaf, np.ndarray):

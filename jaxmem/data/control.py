@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,6 +68,17 @@ def with_control_tokens(tokenizer: Any) -> Any:
 
     longer.add_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL], special_tokens=True)
     return longer
+
+
+def without_control_tokens(tokenizer: Any) -> Any:
+    """The tokenizer that `with_control_tokens` made longer; any other as it is."""
+    if not set(CONTROL) <= set(tokenizer.get_vocab()):
+        return tokenizer
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in CONTROL]
+    shorter = copy.deepcopy(tokenizer)
+    shorter._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(content))
+    return shorter
 
 
 def control_ids(tokenizer: Any) -> dict[str, int]:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxmem.backbones.config import BackboneConfig, VisionConfig
+from jaxmem.checkpoints import exported
 from jaxmem.checkpoints.weights import read_json
+from jaxmem.data.control import without_control_tokens
 from jaxmem.data.pixels import load_image_processor
 from jaxmem.data.processor import END_OF_TURN, Processor
 from jaxmem.data.tiles import load_tile_processor
@@ -90,7 +92,12 @@ def _load_tokenizer(folder: Path, config: BackboneConfig) -> Any:
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
         raise CheckpointError(f"{folder} has no tokenizer.json; copy the tokenizer files of the model into it")
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    own = {}
+    if exported.section(folder) is not None:  # says what it is, so that the folder's code is not asked
+        own = {"config": transformers.AutoConfig.for_model(config.model_type)}
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **own)
+    if own:
+        tokenizer = without_control_tokens(tokenizer)
     if not tokenizer.is_fast:
         raise CheckpointError(f"{folder}: the tokenizer is not a fast one; add its tokenizer.json")
     if len(tokenizer) > config.text.vocab:

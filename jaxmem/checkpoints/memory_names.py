@@ -1,0 +1,15 @@
+"""Mapping tables between our memories and the modules of an exported folder, by the memory's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxmem.backbones.config import BackboneConfig
+from jaxmem.checkpoints import mlp_names, pvm_names
+from jaxmem.checkpoints.table import Table
+
+TORCH_TABLES: Mapping[str, Callable[[Any, BackboneConfig], Table]] = {
+    "pvm": lambda config, backbone: pvm_names.table(config),
+    "mlp": lambda config, backbone: mlp_names.table(config),
+}

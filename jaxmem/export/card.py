@@ -1,0 +1,81 @@
+"""The model card of an export: what it is, how to use it, and what the proof found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jaxmem
+from jaxmem.api import Model
+from jaxmem.export.prove import Proof
+
+NAMES = {
+    "pvm": "Persistent Visual Memory (arXiv 2605.00814)",
+    "mlp": "the MLP branch that PVM is compared with",
+    "vismem": "VisMem (arXiv 2511.11007)",
+    "comem": "CoMEM (arXiv 2505.17670)",
+    "vision_remember": "Vision Remember (arXiv 2506.03928)",
+}
+_USE = """```python
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True, dtype="auto")
+processor = AutoProcessor.from_pretrained(FOLDER)
+content = [{"type": "image"}, {"type": "text", "text": "What is in this picture?"}]
+text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+inputs = processor(text=[text], images=[Image.open("picture.png")], return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=64)
+print(processor.batch_decode(answer[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
+```"""
+
+
+def write(folder: Path, model: Model, relation: str, proof: Proof | None, use: str = _USE) -> None:
+    """Writes README.md.
+
+    Args:
+      folder: of the export.
+      model: what was exported.
+      relation: to the base model, as the Hub calls it: "finetune", "adapter" or "merge".
+      proof: what torch found; None for an export without proof.
+      use: how to use it, as Markdown.
+    """
+    memories = " and ".join(NAMES.get(memory.name, memory.name) for memory in model.spec.memories) or "no memory"
+    backbone = model.spec.backbone.model_type
+    head = {
+        "library_name": "peft" if relation == "adapter" else "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "base_model": _origin(model),
+        "base_model_relation": relation,
+        "tags": ["jaxmem", *(memory.name for memory in model.spec.memories), backbone],
+    }
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", ""]
+    lines += [f"# {backbone} with {memories}", "", f"Written by jaxmem {jaxmem.__version__}.", ""]
+    lines += ["## Use", "", use.replace("FOLDER", '"path/to/this/folder"'), "", "## Proof", "", *_proof(proof), ""]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _origin(model: Model) -> str:
+    """What the backbone calls itself, else its folder's name: no path of a machine."""
+    card = model.folder / "config.json"
+    named: dict[str, Any] = json.loads(card.read_text(encoding="utf-8"))
+    return str(named.get("_name_or_path") or model.folder.resolve().name)
+
+
+def _proof(proof: Proof | None) -> list[str]:
+    if proof is None:
+        return ["**None.** This folder was written without loading it in torch."]
+    equal, of = proof.tokens
+    lines = [
+        "The folder was loaded in torch (float32, CPU) and compared with the model that it was made of:"
+        f" {', '.join(f'{len(names)} {kind}' for kind, names in proof.keys.items())} tensors; logits differ by at most"
+        f" {proof.difference:.1e}; {equal} of {of} greedily generated tokens agree.",
+        "",
+        "| prompt / memory | largest difference of logits | largest logit | equal tokens |",
+        "|---|---|---|---|",
+    ]
+    for name, found in proof.prompts.items():
+        agree = f"{found['equal']:.0f} of {found['of']:.0f}"
+        lines.append(f"| {name} | {found['difference']:.1e} | {found['scale']:.1f} | {agree} |")
+    return lines

@@ -1,0 +1,136 @@
+"""`jaxmem export`: a model with its memory as a folder for PyTorch, with the proof that it says the same there."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxmem import api
+from jaxmem.api import Model
+from jaxmem.assets import TINY
+from jaxmem.checkpoints.huggingface import SHARD_SIZE
+from jaxmem.errors import CheckpointError, ConfigError
+from jaxmem.export import card, hf, plain, prove
+from jaxmem.export.prove import Proof
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A format: `write(model, folder, dtype=, max_shard_size=)`, `prove(model, folder)`, the base model's relation."""
+
+    write: Callable[..., None]
+    prove: Callable[[Model, Path], Proof]
+    relation: str
+
+
+TARGETS: Mapping[str, Target] = {
+    "hf": Target(hf.write, prove.prove, "finetune"),
+    "merged": Target(plain.write, prove.prove, "merge"),
+}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def export(
+    model: Model,
+    folder: str | Path,
+    to: str = "hf",
+    *,
+    dtype: str | None = None,
+    max_shard_size: int = SHARD_SIZE,
+    proven: bool = True,
+) -> Proof | None:
+    """Writes a folder for PyTorch, all or nothing.
+
+    Args:
+      model: a backbone with what was trained.
+      folder: must not exist yet, or be empty.
+      to: a key of `TARGETS`.
+      dtype: of all tensors; None keeps the stored ones.
+      max_shard_size: bytes per file.
+      proven: load the folder in torch and compare; where that fails, nothing is left behind.
+
+    Returns:
+      What torch found; None without proof.
+
+    Raises:
+      CheckpointError: the folder holds something, or the proof fails.
+      ConfigError: an unknown format or dtype, a model without such a form, or no torch for the proof.
+    """
+    folder = Path(folder)
+    if to not in TARGETS:
+        raise ConfigError(f"export --to={to}: there are {', '.join(TARGETS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"export --dtype={dtype}: there are {', '.join(DTYPES)}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not empty; choose another folder")
+    if proven:
+        prove.check_torch()
+    target, found = TARGETS[to], None
+    with finished(folder) as stage:
+        target.write(model, stage, dtype=None if dtype is None else jnp.dtype(dtype), max_shard_size=max_shard_size)
+        if proven:
+            found = target.prove(as_written(model, dtype), stage)
+            if found.faults:
+                raise CheckpointError(
+                    "\n  ".join([f"{folder}: not written, torch does not say what jaxmem says", *found.faults])
+                )
+        card.write(stage, model, target.relation, found)
+    return found
+
+
+def as_written(model: Model, dtype: str | None) -> Model:
+    """The model with the numbers that the folder holds."""
+    model = model.merge_lora()
+    if dtype is None:
+        return model
+    narrow = lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf  # noqa: E731
+    return dataclasses.replace(model, base=jax.tree.map(narrow, model.base), memory=jax.tree.map(narrow, model.memory))
+
+
+@contextlib.contextmanager
+def finished(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that takes its place when the block ends well, and vanishes when it does not."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{folder.name}-exporting-", dir=folder.parent))
+    try:
+        yield stage
+        stage.chmod(0o755)
+        os.replace(stage, folder)  # onto nothing, or an empty folder
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def main(
+    *,
+    to: str,
+    model: str | None,
+    memory: str | None,
+    lora: str | None,
+    output: str | None,
+    dtype: str | None,
+    max_shard_mb: int,
+    unproven: bool,
+) -> int:
+    """`jaxmem export`: prints what was written and what torch found."""
+    if not output:
+        raise ConfigError("export needs --output=FOLDER")
+    loaded = api.load(model or TINY, memory=memory)
+    loaded = loaded if lora is None else loaded.restore_lora(lora)
+    found = export(loaded, output, to, dtype=dtype, max_shard_size=max_shard_mb * 1_000_000, proven=not unproven)
+    size = sum(file.stat().st_size for file in Path(output).rglob("*") if file.is_file())
+    print(f"{output}: {size / 1e6:,.1f} MB")
+    if found is None:
+        print("not proven: it was not loaded in torch")
+        return 0
+    equal, of = found.tokens
+    print(f"torch: {', '.join(f'{len(names)} {kind}' for kind, names in found.keys.items())} tensors")
+    print(f"torch: logits differ by at most {found.difference:.1e}, {equal} of {of} greedy tokens agree")
+    return 0

@@ -1,0 +1,204 @@
+"""A folder that `AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)` loads with its memory.
+
+Tensors have the names of transformers' modules in memory: code from a folder gets no renaming while it loads, and a
+name that fits nothing leaves its module at random values. The model type is one of its own: a reader that does not run
+the folder's code is refused instead of getting the backbone without its memory.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmem.adapters import lora
+from jaxmem.api import Model
+from jaxmem.backbones.llava_config import PROJECTOR
+from jaxmem.checkpoints import huggingface
+from jaxmem.checkpoints.huggingface import BACKBONE_TABLES, SHARD_SIZE
+from jaxmem.checkpoints.identity import memory_identity
+from jaxmem.checkpoints.memory_names import TORCH_TABLES
+from jaxmem.checkpoints.table import View, view, write_tree
+from jaxmem.checkpoints.weights import read_json, write_json, write_weights
+from jaxmem.data.control import with_control_tokens
+from jaxmem.errors import ConfigError
+
+CLASS = "JaxMemForConditionalGeneration"
+FAMILIES: Mapping[str, str] = {
+    "qwen2_vl": "Qwen2VL",
+    "qwen2_5_vl": "Qwen2_5_VL",
+    "qwen3_vl": "Qwen3VL",
+    "llava_next": "LlavaNext",
+    "llava_onevision": "LlavaOnevision",
+}
+"""What transformers' class names begin with, by model type."""
+BESIDE = (
+    "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.*",
+    "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "generation_config.json",
+    "LICENSE*", "NOTICE*",
+)  # fmt: skip
+"""Files of a backbone's folder that belong to what is exported, too."""
+_CODE = importlib.resources.files("jaxmem") / "export" / "torch_code"
+_STALE = ("architectures", "auto_map", "transformers_version", "torch_dtype", "dtype")
+
+
+def write(model: Model, folder: Path, *, dtype: Any = None, max_shard_size: int = SHARD_SIZE) -> None:
+    """Writes everything but the proof.
+
+    Args:
+      model: a backbone with one memory; or a LLaVA-style one whose projector transformers lacks. LoRA factors of the
+        backbone are added into its weights on the way.
+      folder: exists and is empty.
+      dtype: of all tensors; None keeps the stored ones.
+      max_shard_size: bytes per file.
+
+    Raises:
+      ConfigError: see `check`.
+    """
+    check(model)
+    config = model.spec.backbone
+    names = BACKBONE_TABLES[config.model_type]
+    stored = [*write_tree(names.table(config, names.LAYOUTS[-1]), merged(model.base))]
+    for memory in model.spec.memories:
+        stored += write_tree(TORCH_TABLES[memory.name](memory, config), model.memory[memory.name])
+    write_weights(folder, cast(stored, dtype), max_shard_size)
+    write_json(folder / "config.json", _config(model, dtype))
+    write_beside(model, folder)
+    write_code(model, folder)
+
+
+def check(model: Model) -> None:
+    """Raises ConfigError for a model that has no form in torch, or needs none."""
+    config, memories = model.spec.backbone, model.spec.memories
+    if config.model_type not in FAMILIES:
+        raise ConfigError(f"export --to=hf: {config.model_type} is a decoder alone; there are {', '.join(FAMILIES)}")
+    if len(memories) > 1:
+        raise ConfigError(f"export --to=hf: a folder holds one memory; this model has {len(memories)}")
+    for memory in memories:
+        if memory.name not in TORCH_TABLES:
+            raise ConfigError(
+                f"export --to=hf: {memory.name} has no torch module; there are {', '.join(sorted(TORCH_TABLES))}"
+            )
+        if getattr(memory, "encoder", None) is not None:
+            raise ConfigError(
+                "export --to=hf: this CoMEM reads items by a model beside the one that answers, and a folder holds one"
+                " model; use --to=original for the Q-Former and the encoder's adapter"
+            )
+    if model.spec.vismem is not None and lora.has_lora(model.base):
+        raise ConfigError(
+            "export --to=hf: the formers of a VisMem read with the backbone alone, without the LoRA factors that would"
+            " be added into it; export --to=peft keeps both"
+        )
+    if not memories and not _compressed(model):
+        raise ConfigError("export --to=hf: there is no memory to export; use --to=merged for a plain backbone")
+
+
+def _compressed(model: Model) -> bool:
+    """Has the model a projector that transformers lacks?"""
+    return PROJECTOR in huggingface.read_config(model.folder)
+
+
+def merged(base: Any) -> Any:
+    """The backbone's weights with LoRA factors added, kernel by kernel and layer by layer, when they are read."""
+
+    def add(node: dict[str, Any]) -> View:
+        kernel, a, b, scale = (node[name] for name in ("kernel", *lora.LEAVES))
+
+        def box(index: tuple[slice, ...]) -> Any:
+            layers, rows, columns = index
+            factors = (a[layers, rows].astype(jnp.float32), b[layers, :, columns].astype(jnp.float32))
+            update = scale[layers, None, None] * jnp.matmul(*factors, precision="highest")
+            return view(kernel).box(index) if not scale[layers].any() else _sum(view(kernel).box(index), update)
+
+        return View(tuple(kernel.shape), kernel.dtype, box)
+
+    def walk(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        if "lora_a" in node:
+            return {name: leaf for name, leaf in node.items() if name not in lora.LEAVES} | {"kernel": add(node)}
+        return {name: walk(child) for name, child in node.items()}
+
+    return {**walk(base)}
+
+
+def _sum(kernel: Any, update: jax.Array) -> Any:
+    """In float32, in the dtype of the kernel."""
+    return jax.device_get((kernel + update).astype(kernel.dtype))
+
+
+def cast(tensors: Iterable[tuple[str, View]], dtype: Any) -> list[tuple[str, View]]:
+    """Names and tensors in another dtype; None keeps theirs."""
+    return [(name, tensor if dtype is None else tensor.cast(dtype)) for name, tensor in tensors]
+
+
+def _config(model: Model, dtype: Any) -> dict[str, Any]:
+    """config.json: the backbone's, and what the folder's code must know."""
+    hf = {key: value for key, value in huggingface.read_config(model.folder).items() if key not in _STALE}
+    about = {"format": 1, "backbone": model.spec.backbone.model_type}
+    about["memory"] = next((memory_identity(memory) for memory in model.spec.memories), None)
+    return hf | {
+        "architectures": [CLASS],
+        "auto_map": {
+            "AutoConfig": "configuration_jaxmem.JaxMemConfig",
+            "AutoModelForImageTextToText": f"modeling_jaxmem.{CLASS}",
+        },
+        "model_type": model_type(model),
+        "jaxmem": about,
+        **number_format(model, dtype),
+    }
+
+
+def number_format(model: Model, dtype: Any) -> dict[str, str]:
+    """What config.json says of the numbers."""
+    return {"dtype": jnp.dtype(model.base["embed"].dtype if dtype is None else dtype).name}
+
+
+def model_type(model: Model) -> str:
+    """Such as "jaxmem_pvm_qwen3_vl"."""
+    return "_".join(["jaxmem", *(memory.name for memory in model.spec.memories), model.spec.backbone.model_type])
+
+
+def write_beside(model: Model, folder: Path) -> None:
+    """Tokenizer, templates, image settings and generation settings: the backbone's, with a memory's tokens added."""
+    for pattern in BESIDE:
+        for file in sorted(model.folder.glob(pattern)):
+            if file.is_file():
+                shutil.copy(file, folder)
+    if (settings := folder / "preprocessor_config.json").is_file():
+        named = {"processor_class": f"{FAMILIES[model.spec.backbone.model_type]}Processor"}
+        write_json(settings, named | read_json(settings))  # the model type, which is the folder's own, says nothing
+    if model.spec.vismem is not None:
+        with_control_tokens(model.processor.tokenizer).save_pretrained(str(folder))
+
+
+def write_code(model: Model, folder: Path) -> None:
+    """The folder's own Python files: what the backbone is, the configuration, the memory."""
+    family = FAMILIES[model.spec.backbone.model_type]
+    lines = [
+        '"""What the memory was trained on, as transformers has it."""',
+        "",
+        f"from transformers import {family}Config as BackboneConfig",
+        f"from transformers import {family}ForConditionalGeneration as Backbone",
+        "",
+        f'MODEL_TYPE = "{model_type(model)}"',
+        "",
+    ]
+    (folder / "backbone_jaxmem.py").write_text("\n".join(lines), encoding="utf-8")
+    (memory,) = model.spec.memories
+    _copy(folder, f"modeling_{memory.name}.py", "modeling_jaxmem.py")
+
+
+def _copy(folder: Path, source: str, target: str) -> None:
+    """A file of the folder's code, and those that it imports."""
+    text = (_CODE / source).read_text(encoding="utf-8")
+    (folder / target).write_text(text, encoding="utf-8")
+    for name in re.findall(r"^from \.(\w+) import", text, re.MULTILINE):
+        if not (folder / f"{name}.py").exists():
+            _copy(folder, f"{name}.py", f"{name}.py")
