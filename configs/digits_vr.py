@@ -4,7 +4,7 @@
 
 A board of 8x8 patches becomes 64, 16, 9 or 4 tokens (ratio 1 to 4). At 2 every token is one digit; at 3 cells and
 digits do not line up; at 4 every token averages four digits. Arms of a seed share tower, start and boards. DeepStack
-adds several samples in front of one layer, since the decoder has three.
+adds several samples in front of one layer, since the decoder has four.
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
                 "deepstack": {"name": "deepstack", "start": 1, "interval": 1, "together": 0},
                 "sva": {"name": "sva", "layers": (0, 1), "inner": 64, "heads": 4, "gate": None},
             },
-            "fastv": {"layer": 1},
+            "fastv": {"layer": 2},
             "tower": {
                 "depth": 6,
                 "width": 64,
@@ -59,13 +59,13 @@ def get_config() -> ConfigDict:
                     "multipliers": (),
                 },
                 "loop": {
-                    "steps": 150,
-                    "batch_size": 32,
+                    "steps": 250,
+                    "batch_size": 16,
                     "accumulate": 1,
                     "p_block": 0.0,
                     "log_every": 20,
                     "eval_every": 0,
-                    "checkpoint_every": 150,
+                    "checkpoint_every": 250,
                     "checkpoint_seconds": 120.0,
                     "keep": 1,
                     "keep_best": 0,

@@ -1,6 +1,8 @@
 """Parts of a tiny LLaVA-style model that knows digit boards: a decoder and a tower, as Hugging Face folders.
 
-The decoder is that of the embedded Qwen3-VL, which reads a board from visual rows of the decoder's width. The tower is
+The decoder is that of the embedded Qwen3-VL, which reads a board from visual rows of the decoder's width, behind one
+more layer that does nothing yet: the embedded one looks at images from its first layer on, and what acts behind a layer
+comes too late for that. The tower is
 a CLIP that learns, in a minute, to tell digit and cell of each cell's patches through two maps and in the decoder's own
 words, as the embedded model's tower did: it stands for a tower and a projector that were trained on captions.
 `jaxmem.checkpoints.assemble` joins them.
@@ -81,7 +83,7 @@ class TowerConfig:
 
 
 def write_decoder(folder: Path) -> None:
-    """The embedded model's decoder as a Qwen3 folder with its tokenizer."""
+    """The embedded model's decoder as a Qwen3 folder with its tokenizer, and a layer more in front."""
     hf = huggingface.read_config(TINY)
     config = registry.config_from_hf(hf)
     base = huggingface.load_backbone(TINY, config, dtype=jnp.float32)
@@ -90,15 +92,24 @@ def write_decoder(folder: Path) -> None:
     alone = section | {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
+        "num_hidden_layers": config.text.layers + 1,
         "dtype": "float32",
         "rope_parameters": rope,
         "tie_word_embeddings": config.text.tied,
     }
-    part = {name: base[name] for name in base if name != "visual"}
+    part = {name: base[name] for name in base if name != "visual"} | {"layers": _behind_one(base["layers"])}
     folder.mkdir(parents=True, exist_ok=True)
     huggingface.save_backbone(folder, part, registry.config_from_hf(alone), hf_config=alone, overwrite=True)
     for name in _BESIDE:
         shutil.copy(TINY / name, folder)
+
+
+def _behind_one(layers: Any) -> Any:
+    """Stacked layers behind a copy of the first one that adds nothing: what its two branches end in is zero."""
+    layers = jax.tree.map(lambda leaf: jnp.concatenate([leaf[:1], leaf]), layers)
+    for branch, last in (("attention", "o"), ("ffn", "down")):
+        layers[branch][last]["kernel"] = layers[branch][last]["kernel"].at[0].set(0)
+    return layers
 
 
 def write_tower(folder: Path, config: TowerConfig, seed: int) -> float:

@@ -58,6 +58,4 @@ def _fusion(config: VisionRememberConfig, path: str, prefix: str, word: str) -> 
         return Rule(path, f"{prefix}fusion.{'linear.' * kernel}{word}", (Transpose(),) if kernel else ())
     if config.level_norm == "joined":
         return Rule(path, f"{prefix}fusion.norm.{word}")
-    return Rule(
-        path, f"{prefix}fusion.norms.{{level}}.{word}", (), (("level", tuple(range(len(config.levels)))),)
-    )
+    return Rule(path, f"{prefix}fusion.norms.{{level}}.{word}", (), (("level", tuple(range(len(config.levels)))),))

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 
 from jaxmem.adapters import lora
 from jaxmem.api import Model
-from jaxmem.backbones.llava_config import PROJECTOR
-from jaxmem.checkpoints import huggingface
+from jaxmem.checkpoints import comem_names, huggingface
 from jaxmem.checkpoints.huggingface import BACKBONE_TABLES, SHARD_SIZE
 from jaxmem.checkpoints.identity import memory_identity
 from jaxmem.checkpoints.memory_names import TORCH_TABLES
@@ -28,6 +27,7 @@ from jaxmem.checkpoints.table import View, view, write_tree
 from jaxmem.checkpoints.weights import read_json, write_json, write_weights
 from jaxmem.data.control import with_control_tokens
 from jaxmem.errors import ConfigError
+from jaxmem.export import llava, question
 
 CLASS = "JaxMemForConditionalGeneration"
 FAMILIES: Mapping[str, str] = {
@@ -85,23 +85,15 @@ def check(model: Model) -> None:
             raise ConfigError(
                 f"export --to=hf: {memory.name} has no torch module; there are {', '.join(sorted(TORCH_TABLES))}"
             )
-        if getattr(memory, "encoder", None) is not None:
-            raise ConfigError(
-                "export --to=hf: this CoMEM reads items by a model beside the one that answers, and a folder holds one"
-                " model; use --to=original for the Q-Former and the encoder's adapter"
-            )
+    if model.spec.comem is not None:
+        comem_names.check_exportable(model.spec.comem)
     if model.spec.vismem is not None and lora.has_lora(model.base):
         raise ConfigError(
             "export --to=hf: the formers of a VisMem read with the backbone alone, without the LoRA factors that would"
             " be added into it; export --to=peft keeps both"
         )
-    if not memories and not _compressed(model):
+    if not memories and not llava.needs_own(config):
         raise ConfigError("export --to=hf: there is no memory to export; use --to=merged for a plain backbone")
-
-
-def _compressed(model: Model) -> bool:
-    """Has the model a projector that transformers lacks?"""
-    return PROJECTOR in huggingface.read_config(model.folder)
 
 
 def merged(base: Any) -> Any:
@@ -141,8 +133,13 @@ def cast(tensors: Iterable[tuple[str, View]], dtype: Any) -> list[tuple[str, Vie
 def _config(model: Model, dtype: Any) -> dict[str, Any]:
     """config.json: the backbone's, and what the folder's code must know."""
     hf = {key: value for key, value in huggingface.read_config(model.folder).items() if key not in _STALE}
-    about = {"format": 1, "backbone": model.spec.backbone.model_type}
-    about["memory"] = next((memory_identity(memory) for memory in model.spec.memories), None)
+    backbone, memories = model.spec.backbone, model.spec.memories
+    about: dict[str, Any] = {"format": 1, "backbone": backbone.model_type}
+    about["memory"] = next((memory_identity(memory) for memory in memories), None)
+    if llava.needs_own(backbone, memories):
+        about["tiles"] = llava.section(backbone.vision)
+    if any(getattr(memory, "asks", False) for memory in memories):
+        about["question"] = question.marks(model.processor)
     return hf | {
         "architectures": [CLASS],
         "auto_map": {
@@ -174,25 +171,32 @@ def write_beside(model: Model, folder: Path) -> None:
     if (settings := folder / "preprocessor_config.json").is_file():
         named = {"processor_class": f"{FAMILIES[model.spec.backbone.model_type]}Processor"}
         write_json(settings, named | read_json(settings))  # the model type, which is the folder's own, says nothing
+    if llava.needs_own(model.spec.backbone, model.spec.memories):
+        llava.write_processor(folder, model.spec.backbone.model_type)
     if model.spec.vismem is not None:
         with_control_tokens(model.processor.tokenizer).save_pretrained(str(folder))
 
 
 def write_code(model: Model, folder: Path) -> None:
     """The folder's own Python files: what the backbone is, the configuration, the memory."""
-    family = FAMILIES[model.spec.backbone.model_type]
+    config, memories = model.spec.backbone, model.spec.memories
+    family, module, kind = FAMILIES[config.model_type], "transformers", None
+    needed = [f"modeling_{memories[0].name if memories else 'backbone'}"]
+    if llava.needs_own(config, memories):
+        module, kind = f".{llava.CODE}", llava.CLASSES[config.model_type]
+        needed += [llava.CODE, llava.PROCESSING]
     lines = [
         '"""What the memory was trained on, as transformers has it."""',
         "",
         f"from transformers import {family}Config as BackboneConfig",
-        f"from transformers import {family}ForConditionalGeneration as Backbone",
+        f"from {module} import {kind or f'{family}ForConditionalGeneration'} as Backbone",
         "",
         f'MODEL_TYPE = "{model_type(model)}"',
         "",
     ]
     (folder / "backbone_jaxmem.py").write_text("\n".join(lines), encoding="utf-8")
-    (memory,) = model.spec.memories
-    _copy(folder, f"modeling_{memory.name}.py", "modeling_jaxmem.py")
+    for name in needed:
+        _copy(folder, f"{name}.py", "modeling_jaxmem.py" if name.startswith("modeling_") else f"{name}.py")
 
 
 def _copy(folder: Path, source: str, target: str) -> None:
@@ -200,5 +204,5 @@ def _copy(folder: Path, source: str, target: str) -> None:
     text = (_CODE / source).read_text(encoding="utf-8")
     (folder / target).write_text(text, encoding="utf-8")
     for name in re.findall(r"^from \.(\w+) import", text, re.MULTILINE):
-        if not (folder / f"{name}.py").exists():
+        if (_CODE / f"{name}.py").is_file() and not (folder / f"{name}.py").exists():
             _copy(folder, f"{name}.py", f"{name}.py")

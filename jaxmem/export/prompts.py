@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ import numpy as np
 from PIL import Image
 
 from jaxmem.api import Model
-from jaxmem.data.batching import Buckets, collate
+from jaxmem.data.batching import Buckets
 from jaxmem.data.pixels import ImageProcessor
+from jaxmem.sampling.invoking import InvokeConfig
 
 TOKENS = 20
 """Tokens that are generated greedily."""
-SEED = 0
 _WORDS = "What is to be seen here, and where? "
 
 
@@ -59,38 +60,82 @@ def _fitting(model: Model, width: int, height: int, seed: int) -> Image.Image:
     return picture(*processor.image_size((width * 32, height * 32)), seed)
 
 
-@dataclasses.dataclass(frozen=True)
-class Answers:
-    """What a model says to a prompt: logits [T, V] float32 of all tokens, and the ids of its greedy continuation."""
+ITEMS: dict[str, tuple[int, ...]] = {"text": (), "wide": (0,), "several": (0, 1), "long": (1,)}
+"""Which of `items` stand in front of each prompt, where the memory is CoMEM."""
 
-    logits: np.ndarray
-    tokens: np.ndarray
+
+def items(model: Model) -> list[dict[str, Any]]:
+    """Knowledge items: an image with a text, and a text."""
+    return [
+        {"image": _fitting(model, 2, 1, 5), "text": "A street with seven houses, and a fox."},
+        {"text": "The older of the two was built in 1873."},
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """One way to ask all prompts.
+
+    Attributes:
+      model: what answers.
+      known: are there items in front of the prompts?
+      options: of the sampling, here.
+      there: what torch sets on its model, and gives to `generate`: {"use_memory", "invoke_bias", "generate"}.
+    """
+
+    model: Model
+    known: bool = False
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    there: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def states(model: Model) -> dict[str, State]:
+    """By name: "on" and "off" is the memory; "called" is a VisMem that the model cannot but call for."""
+    found = {"off": State(model.without_memory(), there={"use_memory": False})}
+    if model.spec.memories:
+        found["on"] = State(model, known=model.spec.comem is not None, there={"use_memory": True})
+    if (config := model.spec.vismem) is not None:
+        eager = dataclasses.replace(config, invoke_bias=1e3)
+        bounds = {"max_invocations": 2, "min_gap": 3}
+        options = {"invoke": InvokeConfig(**bounds), "max_new_tokens": TOKENS + 2 * config.longest}
+        there = {"use_memory": True, "invoke_bias": eager.invoke_bias, "generate": bounds}
+        spec = dataclasses.replace(model.spec, memories=(eager,))
+        found["called"] = State(dataclasses.replace(model, spec=spec), False, options, there)
+    return found
 
 
 def reference(model: Model, folder: Path) -> None:
     """Writes prompts and answers for `jaxmem.export.reload`: images as PNG files, `prompts.json`, `answers.npz`.
 
-    Answers are those of float32 arithmetic, with the memory and without.
+    Answers are those of float32 arithmetic: of every state and prompt, the ids of the prompt, logits [T, V] of all its
+    tokens, and the ids of its greedy continuation.
     """
     asked, exact = chats(model), in_float32(model)
-    prompts: dict[str, Any] = {}
+    about: dict[str, Any] = {"prompts": {}, "states": {}, "items": []}
     for name, chat in asked.items():
-        images = [part["image"] for part in chat[0]["content"] if part["type"] == "image"]
-        files = [f"{name}_{number}.png" for number in range(len(images))]
-        for image, file in zip(images, files, strict=True):
-            image.save(folder / file)
-        prompts[name] = {"images": files}
+        shown = [part["image"] for part in chat[0]["content"] if part["type"] == "image"]
+        about["prompts"][name] = {"images": _save(shown, folder, name), "items": ITEMS[name]}
     arrays: dict[str, np.ndarray] = {}
-    for state, answering in {"on": exact, "off": exact.without_memory()}.items():
-        for name, answers in answer(answering, asked).items():
-            arrays |= {f"{name}/{state}/logits": answers.logits, f"{name}/{state}/tokens": answers.tokens}
-    for name, chat in asked.items():
-        row = exact.processor.encode(chat, add_generation_prompt=True)
-        arrays[f"{name}/ids"] = row.tokens
+    for state, asking in states(exact).items():
+        about["states"][state] = dict(asking.there)
+        for name, answers in answer(asking, asked).items():
+            arrays |= {f"{name}/{state}/{key}": array for key, array in answers.items()}
+    if exact.spec.comem is not None:
+        for number, item in enumerate(items(model)):
+            images = _save([item["image"]] if "image" in item else [], folder, f"item_{number}")
+            about["items"].append({"images": images, "text": item["text"]})
     backbone = exact.spec.backbone
-    settings = {"banned": list(backbone.media_tokens), "tokens": TOKENS, "image_token": backbone.image_token}
-    (folder / "prompts.json").write_text(json.dumps({"prompts": prompts, **settings}), encoding="utf-8")
+    about |= {"banned": list(backbone.media_tokens), "image_token": backbone.image_token}
+    (folder / "prompts.json").write_text(json.dumps(about), encoding="utf-8")
     np.savez(folder / "answers.npz", **arrays)
+
+
+def _save(images: list[Image.Image], folder: Path, name: str) -> list[str]:
+    """Writes images as files, whose names it returns."""
+    files = [f"{name}_{number}.png" for number in range(len(images))]
+    for image, file in zip(images, files, strict=True):
+        image.save(folder / file)
+    return files
 
 
 def in_float32(model: Model) -> Model:
@@ -99,16 +144,33 @@ def in_float32(model: Model) -> Model:
     return dataclasses.replace(model, base=jax.tree.map(wide, model.base), memory=jax.tree.map(wide, model.memory))
 
 
-def answer(model: Model, asked: dict[str, list[dict[str, Any]]]) -> dict[str, Answers]:
-    """Answers to all prompts, read as one batch that is padded on the left."""
-    rows = [model.processor.encode(chat, add_generation_prompt=True) for chat in asked.values()]
+def answer(state: State, asked: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, np.ndarray]]:
+    """Answers to all prompts, read as one batch that is padded on the left.
+
+    Returns:
+      Of each: its "ids", "logits", the "tokens" of the answer, and the "limit", how many places it could take.
+    """
+    model, prompts = state.model, list(asked.values())
+    rows = [model.processor.encode(chat, add_generation_prompt=True) for chat in prompts]
+    stock = items(model) if state.known else []
+    vectors = model.encode_items(stock, batch=len(stock)) if stock else np.zeros((0, 0, 0))
+    known = [vectors[list(ITEMS[name])] for name in asked] if stock else None
+    front = max(len(ITEMS[name]) for name in asked) * vectors.shape[1]
     longest = lambda count: (_up(max(map(count, rows))),)  # noqa: E731
-    buckets = Buckets(tokens=longest(len), patches=longest(lambda row: len(row.patches)))
-    batch = collate(rows, buckets, model.processor.pad_token, "left")
-    logits, valid = np.asarray(model.logits(batch)), np.asarray(batch.segments) > 0
-    replies = model.generate(list(asked.values()), max_new_tokens=TOKENS, stop_tokens=(), buckets=buckets)
-    pairs = zip(asked, logits, valid, replies, strict=True)
-    return {name: Answers(scores[kept], np.array(reply.tokens)) for name, scores, kept, reply in pairs}
+    buckets = Buckets(tokens=(_up(front + max(map(len, rows))),), patches=longest(lambda row: len(row.patches)))
+    batch = model.batch(prompts, buckets=buckets, padding="left", items=known)
+    own = np.asarray(batch.segments) > 0
+    if batch.prefix_rows is not None:
+        own &= np.asarray(batch.prefix_rows) < 0
+    columns = None if model.spec.vismem is None else model.spec.vismem.vocab
+    logits = np.asarray(model.logits(batch))[..., :columns]
+    options = {"max_new_tokens": TOKENS, "stop_tokens": (), **state.options}
+    limit = np.array(options["max_new_tokens"])
+    replies = model.generate(prompts, buckets=buckets, items=known, **options)
+    return {
+        name: {"ids": row.tokens, "logits": scores[kept], "tokens": np.array(reply.tokens), "limit": limit}
+        for name, row, scores, kept, reply in zip(asked, rows, logits, own, replies, strict=True)
+    }
 
 
 def _up(length: int, step: int = 16) -> int:

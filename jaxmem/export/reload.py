@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,46 @@ import torch
 import transformers
 from PIL import Image
 
-STATES = ("on", "off")
-
 
 def main(folder: str, reference: str) -> None:
     """Prints the report."""
-    given = json.loads((Path(reference) / "prompts.json").read_text(encoding="utf-8"))
-    answers = np.load(Path(reference) / "answers.npz")
+    root = Path(reference)
+    given = json.loads((root / "prompts.json").read_text(encoding="utf-8"))
+    answers = np.load(root / "answers.npz")
     model, report = load(folder)
     report["prompts"] = {}
-    for name, prompt in given["prompts"].items():
-        ids = answers[f"{name}/ids"]
-        inputs = _inputs(folder, ids, [Path(reference) / file for file in prompt["images"]], given["image_token"])
-        for state in STATES if hasattr(model, "use_memory") else ("off",):
-            if hasattr(model, "use_memory"):
-                model.use_memory = state == "on"
-            wanted = {key: answers[f"{name}/{state}/{key}"] for key in ("logits", "tokens")}
-            report["prompts"][f"{name}/{state}"] = _compare(model, inputs, wanted, given["banned"])
+    for state, settings in given["states"].items():
+        for name, prompt in given["prompts"].items():
+            wanted = {key: answers[f"{name}/{state}/{key}"] for key in ("ids", "logits", "tokens", "limit")}
+            inputs = _inputs(folder, wanted["ids"], [root / file for file in prompt["images"]], given["image_token"])
+            options = dict(settings.get("generate", {}), suppress_tokens=given["banned"])
+            _switch(model, settings)
+            if given["items"] and settings["use_memory"]:
+                known = [given["items"][number] for number in prompt["items"]]
+                inputs |= model.memory_of(_readers(folder), [[_item(root, item) for item in known]])
+            report["prompts"][f"{name}/{state}"] = _compare(model, inputs, wanted, options)
     print(json.dumps(report))
+
+
+def _switch(model: Any, settings: dict[str, Any]) -> None:
+    """Sets what a state wants of the model; a plain one has no memory to switch."""
+    if hasattr(model, "use_memory"):
+        model.use_memory = settings["use_memory"]
+    if hasattr(getattr(model, "settings", None), "invoke_bias"):
+        model.settings.invoke_bias = settings.get("invoke_bias", model.config.jaxmem["memory"]["invoke_bias"])
+
+
+def _item(root: Path, item: dict[str, Any]) -> dict[str, Any]:
+    """An item with its images open."""
+    return {"images": [Image.open(root / file) for file in item["images"]], "text": item["text"]}
+
+
+def _readers(folder: str) -> Any:
+    """Tokenizer and image processor of the folder, as a processor has them."""
+    return types.SimpleNamespace(
+        tokenizer=transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True),
+        image_processor=transformers.AutoImageProcessor.from_pretrained(folder, backend="pil"),
+    )
 
 
 def load(folder: str) -> tuple[Any, dict[str, Any]]:
@@ -64,20 +87,19 @@ def _inputs(folder: str, ids: np.ndarray, files: list[Path], image_token: int) -
     return inputs
 
 
-def _compare(model: Any, inputs: dict[str, Any], wanted: dict[str, np.ndarray], banned: list[int]) -> dict[str, Any]:
+def _compare(model: Any, inputs: dict[str, Any], wanted: dict[str, np.ndarray], options: dict) -> dict[str, Any]:
     """Differences of one prompt."""
     with torch.no_grad():
-        logits = model(**inputs).logits[0].float().numpy()
-    vocab = wanted["logits"].shape[-1]
-    length = len(wanted["tokens"])
-    options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False, "eos_token_id": None}
-    out = model.generate(**inputs, **options, suppress_tokens=banned, pad_token_id=0)
+        logits = model(**inputs).logits[0].float().numpy()[:, : wanted["logits"].shape[-1]]
+    most = int(wanted["limit"])
+    fixed = {"max_new_tokens": most, "min_new_tokens": most, "do_sample": False, "eos_token_id": None}
+    out = model.generate(**inputs, **fixed, **options, pad_token_id=0)
     tokens = out[0, inputs["input_ids"].shape[1] :].numpy()
-    difference = np.abs(logits[:, :vocab] - wanted["logits"])
+    length = len(wanted["tokens"])
     return {
-        "difference": float(difference.max()),
+        "difference": float(np.abs(logits - wanted["logits"]).max()),
         "scale": float(np.abs(wanted["logits"]).max()),
-        "equal": int((tokens == wanted["tokens"]).sum()),
+        "equal": int((tokens[:length] == wanted["tokens"][: len(tokens)]).sum()) if len(tokens) >= length else 0,
         "of": length,
     }
 

@@ -1,0 +1,58 @@
+"""What exported folders of LLaVA-style backbones have beside those of others: classes of their own, where needed.
+
+transformers' classes have LLaVA's own projector and its own ways of tiling alone; `torch_code/llava_jaxmem.py` has the
+others. Folders that need it say in config.json's section `jaxmem`, under "tiles", what it must know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxmem.backbones.config import BackboneConfig
+from jaxmem.backbones.llava_config import NEXT, ONEVISION, TileVision
+from jaxmem.checkpoints.weights import read_json, write_json
+from jaxmem.spec import MemoryConfig
+
+CODE = "llava_jaxmem"
+"""The module of the folder that has the classes."""
+CLASSES: Mapping[str, str] = {NEXT: "CompressedLlavaNext", ONEVISION: "CompressedLlavaOnevision"}
+"""By the backbone's model type."""
+PROCESSING = "processing_jaxmem"
+"""The module that has the processors, whose prompts have as many placeholders as images have tokens."""
+PROCESSORS: Mapping[str, str] = {NEXT: "JaxMemNextProcessor", ONEVISION: "JaxMemOnevisionProcessor"}
+"""By the backbone's model type."""
+
+
+def needs_own(config: BackboneConfig, memories: tuple[MemoryConfig, ...] = ()) -> bool:
+    """Does a backbone need `CLASSES` in torch: for its projector or its tiling, or for a memory that looks at tiles?"""
+    if config.model_type not in CLASSES:
+        return False
+    vision: TileVision = config.vision
+    usual = vision.aspect == "anyres" if config.model_type == NEXT else vision.aspect.startswith("anyres_max_")
+    return not usual or vision.projector.name != "mlp" or any(memory.name == "vision_remember" for memory in memories)
+
+
+def section(vision: TileVision) -> dict[str, Any]:
+    """What config.json says under "tiles"; JSON values."""
+    projector = vision.projector
+    settings = dataclasses.asdict(projector) | {"levels": list(projector.levels)}
+    settings["kind"] = projector.kind if projector.name == "resampler" else ""
+    return {
+        "aspect": vision.aspect,
+        "feature_layers": list(vision.feature_layers),
+        "side": vision.tower.side,
+        "grid": projector.grid,
+        "tokens": projector.tokens,
+        "projector": settings,
+    }
+
+
+def write_processor(folder: Path, model_type: str) -> None:
+    """Makes `AutoProcessor` read a folder by the class of `PROCESSORS`: adds it to processor_config.json."""
+    file, name = folder / "processor_config.json", PROCESSORS[model_type]
+    stated = read_json(file) if file.is_file() else {}
+    own = {"processor_class": name, "auto_map": {"AutoProcessor": f"{PROCESSING}.{name}"}}
+    write_json(file, stated | own)
