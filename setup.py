@@ -33,6 +33,7 @@ BASE = [
 DIGITS = ["scikit-learn>=1.5"]  # load_digits: the handwriting of the quickstart
 MATH = ["math-verify>=0.9,<0.10"]  # judges mathematics; 0.9 is the version whose readings are tested
 TORCH = ["torch>=2.6"]
+EXPORT = [*TORCH, "peft>=0.18,<0.22"]  # both load what `jaxmem export` wrote
 RETRIEVAL = ["faiss-cpu>=1.15,<1.16", "sentencepiece>=0.2"]  # an approximate index; SigLIP's tokenizer
 LANCE = ["lancedb>=0.40,<0.41"]  # the index that outgrows one machine
 PARQUET = ["pyarrow>=15"]  # question files as data sets publish them
@@ -41,7 +42,7 @@ NOTEBOOK = ["ipykernel>=6.29", "matplotlib>=3.9"]
 EXTRAS = {
     "digits": DIGITS,
     "math": MATH,
-    "torch": TORCH,
+    "torch": EXPORT,
     "bench": [*TORCH, "trl>=1.16,<2"],  # the peers of `jaxmem bench`
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
@@ -64,6 +65,7 @@ EXTRAS = {
         "nbformat>=5.10",
         "nbclient>=0.10",
         "torch==2.13.0",  # the oracle of the parity tests: one version, so that its numbers do not drift
+        "peft==0.21.2",  # loads exported adapters
         "pyyaml>=6",  # the launch files
         "jax[tpu]; sys_platform == 'linux'",  # its compiler needs no TPU: the tests of `jaxmem plan`
         "trl==1.16.0",  # the oracle of the policy losses and advantages; likewise
@@ -92,7 +94,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["jaxmem", "jaxmem.*"]),
-    package_data={"jaxmem": ["py.typed", "assets/**/*"]},
+    package_data={"jaxmem": ["py.typed", "assets/**/*", "export/torch_code/*.py"]},
     install_requires=BASE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["jaxmem = jaxmem.cli:main"]},

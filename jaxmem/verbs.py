@@ -176,7 +176,7 @@ VERBS: Mapping[str, Verb] = {
         "jaxmem.export.cli:main",
         "write a folder for PyTorch, and prove it by loading it there",
         (
-            Flag("to", "text", "hf", "the format"),
+            Flag("to", "text", "hf", "hf (with the memory's code), peft, merged (a plain backbone) or original (the paper's)"),
             Flag("model", "text", None, "a Hugging Face folder (default: the shipped tiny backbone)"),
             Flag("memory", "text", None, "a folder with a trained memory"),
             Flag("lora", "text", None, "a PEFT folder with factors of the backbone"),
@@ -186,6 +186,18 @@ VERBS: Mapping[str, Verb] = {
             Flag("unproven", "bool", False, "do not load the folder in torch"),
         ),
         example="jaxmem export --to=hf --model=Qwen3-VL-8B --memory=runs/pvm/memory --output=pvm-hf",
+    ),
+    "import": Verb(
+        "jaxmem.export.original:main",
+        "read a memory that a paper's own code trained",
+        (
+            Flag("memory", "text", None, "pvm, vismem or comem"),
+            Flag("source", "text", None, "its file or folder"),
+            Flag("model", "text", None, "the backbone's Hugging Face folder (default: the shipped tiny backbone)"),
+            Flag("output", "text", None, "the folder to write, for --memory of other verbs"),
+            Flag("allow_pickle", "bool", False, "open pickled files; tensors alone are read"),
+        ),
+        example="jaxmem import --memory=vismem --source=epoch3/main.pt --allow_pickle --model=Qwen2.5-VL-7B --output=vm",
     ),
     "plan": Verb(
         "jaxmem.planning.cli:main",

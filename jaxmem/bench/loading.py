@@ -54,7 +54,7 @@ def run(config: BackboneConfig | None = None, hosts: int = 2, runs: int = 1) -> 
     ]
 
 
-def write(folder: Path, config: BackboneConfig) -> int:
+def write(folder: Path, config: BackboneConfig, shard: int = _SHARD) -> int:
     """A checkpoint of random bfloat16 weights in Hugging Face's layout; returns its weights' bytes."""
     import jax.numpy as jnp
 
@@ -67,7 +67,7 @@ def write(folder: Path, config: BackboneConfig) -> int:
     names = BACKBONE_TABLES[config.model_type].table(config)
     shapes = expected(names, registry.backbone(config.model_type).shapes(config))
     tensors = [(name, View(shape, pool.dtype, lambda _, s=shape: np.resize(pool, s))) for name, shape in shapes.items()]
-    write_weights(folder, tensors, _SHARD)
+    write_weights(folder, tensors, shard)
     write_json(folder / "config.json", hf_config(config))
     return sum(math.prod(shape) for shape in shapes.values()) * pool.dtype.itemsize
 
@@ -90,7 +90,7 @@ def _read_by(folder: str, hosts: int) -> list[float]:
     return [float(out.split()[-1]) for out in found]
 
 
-def _peak(done: threading.Event) -> float:
+def peak(done: threading.Event) -> float:
     """Largest anonymous memory of this process until `done`, in GB: file pages can be taken back at any time."""
     highest = 0.0
     while not done.wait(0.02):
@@ -113,7 +113,7 @@ def main(folder: str) -> None:
         places = mesh.make_mesh(fsdp=-1, tensor=tensor)
         api.check_heads(config, places)
         done, peaks = threading.Event(), []
-        watcher = threading.Thread(target=lambda: peaks.append(_peak(done)))
+        watcher = threading.Thread(target=lambda: peaks.append(peak(done)))
         watcher.start()
         base = huggingface.load_backbone(
             folder, config, sharding=mesh.shardings(places, registry.backbone(config.model_type).shapes(config))

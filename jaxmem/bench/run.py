@@ -16,6 +16,7 @@ from jaxmem import config as configs
 
 BENCHES: Mapping[str, str] = {
     "bank": "jaxmem.bench.bank",
+    "checkpoint": "jaxmem.bench.checkpoints",
     "comem": "jaxmem.bench.knowledge",
     "compile": "jaxmem.bench.compiling",
     "decode": "jaxmem.bench.decoding",

@@ -85,7 +85,7 @@ def encoder(config: CoMEMConfig, backbone: BackboneConfig, prefix: str = "", lay
 
 
 def check_exportable(config: CoMEMConfig, backbone: BackboneConfig | None = None) -> None:
-    """Raises ConfigError for a CoMEM that an exported folder cannot hold, or on a backbone that its code does not know."""
+    """Raises ConfigError for a CoMEM that an exported folder cannot hold, or a backbone that its code does not know."""
     if config.encoder is not None:
         raise ConfigError(
             f"comem: {config.encoder.model_type} reads the items beside the model that answers, and an exported folder"

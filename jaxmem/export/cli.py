@@ -18,21 +18,30 @@ from jaxmem.api import Model
 from jaxmem.assets import TINY
 from jaxmem.checkpoints.huggingface import SHARD_SIZE
 from jaxmem.errors import CheckpointError, ConfigError
-from jaxmem.export import card, hf, plain, prove
+from jaxmem.export import adapters, card, hf, plain, prove
 from jaxmem.export.prove import Proof
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A format: `write(model, folder, dtype=, max_shard_size=)`, `prove(model, folder)`, the base model's relation."""
+    """A format.
+
+    Attributes:
+      write: `write(model, folder, dtype=, max_shard_size=)`.
+      prove: `prove(model, folder)`, of the model as the folder holds it.
+      relation: to the base model, as model cards call it.
+      merges: does it add LoRA factors into the weights?
+    """
 
     write: Callable[..., None]
     prove: Callable[[Model, Path], Proof]
     relation: str
+    merges: bool = True
 
 
 TARGETS: Mapping[str, Target] = {
     "hf": Target(hf.write, prove.prove, "finetune"),
+    "peft": Target(adapters.write, adapters.prove, "adapter", merges=False),
     "merged": Target(plain.write, prove.prove, "merge"),
 }
 DTYPES = ("float32", "bfloat16", "float16")
@@ -77,7 +86,7 @@ def export(
     with finished(folder) as stage:
         target.write(model, stage, dtype=None if dtype is None else jnp.dtype(dtype), max_shard_size=max_shard_size)
         if proven:
-            found = target.prove(as_written(model, dtype), stage)
+            found = target.prove(as_written(model.merge_lora() if target.merges else model, dtype), stage)
             if found.faults:
                 raise CheckpointError(
                     "\n  ".join([f"{folder}: not written, torch does not say what jaxmem says", *found.faults])
@@ -88,7 +97,6 @@ def export(
 
 def as_written(model: Model, dtype: str | None) -> Model:
     """The model with the numbers that the folder holds."""
-    model = model.merge_lora()
     if dtype is None:
         return model
     narrow = lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf  # noqa: E731

@@ -86,11 +86,12 @@ def check(model: Model) -> None:
                 f"export --to=hf: {memory.name} has no torch module; there are {', '.join(sorted(TORCH_TABLES))}"
             )
     if model.spec.comem is not None:
-        comem_names.check_exportable(model.spec.comem)
-    if model.spec.vismem is not None and lora.has_lora(model.base):
+        comem_names.check_exportable(model.spec.comem, config)
+    reading = model.spec.vismem or model.spec.comem
+    if reading is not None and lora.has_lora(model.base):
         raise ConfigError(
-            "export --to=hf: the formers of a VisMem read with the backbone alone, without the LoRA factors that would"
-            " be added into it; export --to=peft keeps both"
+            f"export --to=hf: {reading.name} reads with the backbone alone, without the LoRA factors that would be"
+            " added into it; export --to=peft keeps both"
         )
     if not memories and not llava.needs_own(config):
         raise ConfigError("export --to=hf: there is no memory to export; use --to=merged for a plain backbone")

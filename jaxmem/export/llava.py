@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxmem.backbones.config import BackboneConfig
 from jaxmem.backbones.llava_config import NEXT, ONEVISION, TileVision
+from jaxmem.backbones.projectors import ProjectorConfig
 from jaxmem.checkpoints.weights import read_json, write_json
 from jaxmem.spec import MemoryConfig
 
@@ -37,17 +38,19 @@ def needs_own(config: BackboneConfig, memories: tuple[MemoryConfig, ...] = ()) -
 
 def section(vision: TileVision) -> dict[str, Any]:
     """What config.json says under "tiles"; JSON values."""
-    projector = vision.projector
-    settings = dataclasses.asdict(projector) | {"levels": list(projector.levels)}
-    settings["kind"] = projector.kind if projector.name == "resampler" else ""
     return {
         "aspect": vision.aspect,
         "feature_layers": list(vision.feature_layers),
         "side": vision.tower.side,
-        "grid": projector.grid,
-        "tokens": projector.tokens,
-        "projector": settings,
+        "grid": vision.projector.grid,
+        "tokens": vision.projector.tokens,
+        "projector": projector_section(vision.projector),
     }
+
+
+def projector_section(config: ProjectorConfig) -> dict[str, Any]:
+    """All settings of a projector, the published ones filled in."""
+    return dataclasses.asdict(config) | {"levels": list(config.levels)}
 
 
 def write_processor(folder: Path, model_type: str) -> None:

@@ -27,7 +27,8 @@ class Proof:
 
     Attributes:
       keys: names of tensors that did not fit, by kind.
-      prompts: {"name/on" or "name/off": {"difference", "scale", "equal", "of"}}; on and off is the memory.
+      prompts: what was asked and compared, empty where tensors alone were: {"name/state": {"difference", "scale",
+        "equal", "of"}}; states are those of `prompts.states`, or adapters.
     """
 
     keys: dict[str, list[str]]
@@ -36,7 +37,7 @@ class Proof:
     @property
     def difference(self) -> float:
         """Of logits, the largest of all prompts."""
-        return max(found["difference"] for found in self.prompts.values())
+        return max((found["difference"] for found in self.prompts.values()), default=0.0)
 
     @property
     def tokens(self) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Runs in a process of its own, with torch and without jax: loads an exported folder and compares it with answers.
 
-    python -m jaxmem.export.reload FOLDER REFERENCE
+    python -m jaxmem.export.reload FOLDER REFERENCE [ADAPTER]
 
 prints one JSON object: keys that did not fit, the largest difference of logits, and tokens that agree.
 """
@@ -19,13 +19,21 @@ import transformers
 from PIL import Image
 
 
-def main(folder: str, reference: str) -> None:
-    """Prints the report."""
-    root = Path(reference)
+def main(folder: str, reference: str, adapter: str = "") -> None:
+    """Prints the report; of a folder of PEFT too, if one is named, and without a reference of its keys alone."""
+    model, report = load(folder)
+    if adapter:
+        model, report = with_adapter(model, adapter)
+    report["prompts"] = {}
+    if reference:
+        _ask(model, folder, Path(reference), report)
+    print(json.dumps(report))
+
+
+def _ask(model: Any, folder: str, root: Path, report: dict[str, Any]) -> None:
+    """Puts all prompts to the model, in all states."""
     given = json.loads((root / "prompts.json").read_text(encoding="utf-8"))
     answers = np.load(root / "answers.npz")
-    model, report = load(folder)
-    report["prompts"] = {}
     for state, settings in given["states"].items():
         for name, prompt in given["prompts"].items():
             wanted = {key: answers[f"{name}/{state}/{key}"] for key in ("ids", "logits", "tokens", "limit")}
@@ -36,7 +44,6 @@ def main(folder: str, reference: str) -> None:
                 known = [given["items"][number] for number in prompt["items"]]
                 inputs |= model.memory_of(_readers(folder), [[_item(root, item) for item in known]])
             report["prompts"][f"{name}/{state}"] = _compare(model, inputs, wanted, options)
-    print(json.dumps(report))
 
 
 def _switch(model: Any, settings: dict[str, Any]) -> None:
@@ -70,6 +77,18 @@ def load(folder: str) -> tuple[Any, dict[str, Any]]:
     return model.eval(), {
         key: sorted(map(str, found[f"{key}_keys"])) for key in ("missing", "unexpected", "mismatched")
     }
+
+
+def with_adapter(model: Any, folder: str) -> tuple[Any, dict[str, Any]]:
+    """The model with a PEFT adapter, and names of the adapter's tensors that did not fit."""
+    import peft
+    from safetensors.torch import load_file
+
+    wrapped = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(folder))
+    found = peft.set_peft_model_state_dict(wrapped, load_file(Path(folder) / "adapter_model.safetensors"))
+    missing = [key for key in found.missing_keys if "lora_" in key or "trainable_tokens" in key]
+    report = {"missing": missing, "unexpected": list(found.unexpected_keys), "mismatched": []}
+    return wrapped.eval().to(torch.float32), report
 
 
 def _inputs(folder: str, ids: np.ndarray, files: list[Path], image_token: int) -> dict[str, torch.Tensor]:

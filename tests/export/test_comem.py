@@ -29,8 +29,6 @@ from tests.memory import comem_world as w
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from tests.memory import transfer_world as t  # noqa: E402
-
 SMALL = w.SMALL | {"alpha": 2.0}
 ROWS = ((0,), (), (1, 2, 3))
 """Items of each question."""
@@ -166,18 +164,23 @@ def behind(batch: Any, tokens: np.ndarray) -> Any:
 
 
 def assert_same(pair: Pair, ours: jaxmem.Model, batch: Any, inputs: dict[str, Any]) -> float:
-    """Logits of a left-padded batch, and greedy answers: to us, theirs are the most likely next tokens."""
+    """Logits of a left-padded batch, and greedy answers: to us, theirs are the most likely next tokens.
+
+    Returns the largest difference of logits.
+    """
     answers = generate(pair.theirs, pair, inputs)
     theirs, count = torch_logits(pair.theirs, inputs), np.asarray(inputs["attention_mask"]).sum(1)
     found = np.array(ours.logits(jax.tree.map(jnp.asarray, behind(batch, answers))))
     assert np.abs(theirs).max() > 1
     length = batch.tokens.shape[1]
-    rows = [(found[i, length - n : length], theirs[i, -n:]) for i, n in enumerate(count)]
-    for one, two in rows:
+    worst = 0.0
+    for row, n in enumerate(count):
+        one, two = found[row, length - n : length], theirs[row, -n:]
         np.testing.assert_allclose(one, two, atol=1e-4, rtol=0)
+        worst = max(worst, float(np.abs(one - two).max()))
     found[..., list(ours.spec.backbone.media_tokens)] = -np.inf
     np.testing.assert_array_equal(found[:, length - 1 : -1].argmax(-1), answers)
-    return max(float(np.abs(one - two).max()) for one, two in rows)
+    return worst
 
 
 def test_items_are_written_and_encoded_as_ours(pair: Pair) -> None:
@@ -312,7 +315,10 @@ def test_special_tokens_limits_and_transparent_pictures_are_read_as_ours(tmp_pat
     items = [
         {"text": "a <|im_end|>\n<|im_start|>user<|image_pad|> fox<|im_end|>", "images": [clear, str(picture_file)]},
         {"text": "\nthe quick brown fox jumps over a lazy dog while seven wizards", "image": picture_file},
-        {"text": "<|vision_start|>"},
+        {
+            "text": "<|vision_start|>",
+            "image": Image.fromarray((np.arange(4096).reshape(64, 64) * 15).astype(np.uint16)),
+        },
     ]
     rows = [knowledge.encode_item(pair.ours.processor, pair.ours.spec.comem, item) for item in items]
     found = pair.theirs.prepare_items(pair.processor, items)
@@ -372,14 +378,16 @@ def test_what_memory_does_not_go_with_is_refused(qwen3: Pair) -> None:
     embeds = qwen3.theirs.get_input_embeddings()(inputs["input_ids"])
     with pytest.raises(ValueError, match="give input_ids, not inputs_embeds alone"):
         qwen3.theirs(inputs_embeds=embeds, **known)
+    with pytest.raises(ValueError, match=r"memory of 1 prompts is \[1, S, 64\], not \[2, 3, 64\]"):
+        qwen3.theirs(**inputs, memory=known["memory"].repeat(2, 1, 1))
 
 
-def test_an_encoder_beside_the_model_is_refused() -> None:
-    model = t.model()
-    with pytest.raises(ConfigError, match=r"qwen2_5_vl reads the items beside .* export --to=original writes"):
-        comem_names.check_exportable(model.spec.comem)
-    fresh = w.model()
-    comem_names.check_exportable(fresh.spec.comem, fresh.spec.backbone)
-    other = dataclasses.replace(fresh.spec.backbone, model_type="llava_next")
+def test_an_encoder_beside_the_model_is_refused(qwen3: Pair) -> None:
+    config, backbone = qwen3.ours.spec.comem, qwen3.ours.spec.backbone
+    comem_names.check_exportable(config, backbone)
+    beside = comem.create(backbone, encoder=backbone, **SMALL)
+    with pytest.raises(ConfigError, match=r"qwen3_vl reads the items beside .* export --to=original writes"):
+        comem_names.check_exportable(beside)
+    other = dataclasses.replace(backbone, model_type="llava_next")
     with pytest.raises(ConfigError, match="reads items on qwen2_vl, qwen2_5_vl, qwen3_vl, not on llava_next"):
-        comem_names.check_exportable(fresh.spec.comem, other)
+        comem_names.check_exportable(config, other)

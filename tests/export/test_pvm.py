@@ -181,15 +181,22 @@ def test_several_answers_to_a_prompt_share_its_images(pair: Pair) -> None:
     single = generate(pair.theirs, pair, inputs)
     several = generate(pair.theirs, pair, inputs, do_sample=True, top_k=1, num_return_sequences=2)
     np.testing.assert_array_equal(several.reshape(len(single), 2, NEW), np.repeat(single[:, None], 2, axis=1))
-    beams = generate(pair.theirs, pair, inputs, num_beams=2)
-    np.testing.assert_array_equal(beams, generate(pair.theirs, pair, inputs, num_beams=2, use_cache=False))
-    assert (beams != single).any()
 
 
-def test_text_without_images_answers_as_the_backbone_after_a_prompt_with_some(pair: Pair) -> None:
-    generate(pair.theirs, pair, pair.inputs(PICTURES))
-    inputs = pair.inputs([[], []])
+def test_a_new_prompt_begins_anew(pair: Pair) -> None:
+    """Text without images answers as the backbone does, though the same (static) cache held a prompt with images."""
+    generate(pair.theirs, pair, pair.inputs(PICTURES), cache_implementation="static")
+    inputs = pair.inputs([[], [], []])
+    answers = generate(pair.theirs, pair, inputs, cache_implementation="static")
+    np.testing.assert_array_equal(answers, generate(pair.plain, pair, inputs, cache_implementation="static"))
     np.testing.assert_array_equal(torch_logits(pair.theirs, inputs), torch_logits(pair.plain, inputs))
+
+
+def test_beams_that_change_places_in_the_cache_look_at_their_own_images(qwen3: Pair) -> None:
+    inputs = qwen3.inputs(PICTURES)
+    beams = generate(qwen3.theirs, qwen3, inputs, num_beams=2)
+    np.testing.assert_array_equal(beams, generate(qwen3.theirs, qwen3, inputs, num_beams=2, use_cache=False))
+    assert (beams != generate(qwen3.theirs, qwen3, inputs)).any()
 
 
 def test_our_own_decoding_gives_the_same_answers(qwen3: Pair) -> None:
@@ -268,7 +275,7 @@ def test_continuations_of_a_repeated_cache_look_at_its_images(qwen3: Pair) -> No
     alone, _ = cached(qwen3, before, **first)  # what was copied remembers, too
     np.testing.assert_allclose(alone, found[::2], atol=1e-5)
     with pytest.raises(ValueError, match="4 rows continue a cache whose images were read in 3 rows"):
-        cached(qwen3, before, input_ids=torch.tensor(tokens[:4]))
+        cached(qwen3, before, input_ids=torch.tensor(tokens[:4]), position_ids=torch.zeros(3, 4, 3).long())
 
 
 def test_rows_of_a_map_that_was_scaled_down_are_what_its_tokens_show(tmp_path: Any) -> None:

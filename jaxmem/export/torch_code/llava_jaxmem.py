@@ -135,7 +135,41 @@ class OnevisionModel(TiledImages, LlavaOnevisionModel):
     """LLaVA-OneVision without a head: an image is tiled where it is the only one of its prompt."""
 
 
-class CompressedLlavaNext(LlavaNextForConditionalGeneration):
+class RepeatedPrompts:
+    """Prompts that `generate` continues several times, with all of their images.
+
+    Recent releases of transformers look at images before they repeat a prompt; older ones repeat each image by itself,
+    which mixes up the images of prompts with several.
+    """
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **inputs):
+        """[prompts, ...] -> [prompts * expand_size, ...]."""
+        held = {name: inputs.pop(name) for name in ("pixel_values", "image_sizes") if inputs.get(name) is not None}
+        if held and expand_size > 1:
+            held = self._repeated(**held, ids=input_ids, several=inputs.get("batch_num_images"), times=expand_size)
+        ids, inputs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **inputs)
+        return ids, inputs | held
+
+    def _repeated(self, pixel_values, image_sizes, ids, several, times):
+        """The images of every prompt, one prompt's after the other's, `times` in a row."""
+        tiling, sizes = self.model.tiling, [tuple(int(length) for length in size) for size in image_sizes]
+        alone = [True] * len(sizes) if several is None else [int(n) == 1 for n in several for _ in range(int(n))]
+        tiles = [tiling.count_tiles(size, not one) for size, one in zip(sizes, alone, strict=True)]
+        tokens = [tiling.count_tokens(size, not one) for size, one in zip(sizes, alone, strict=True)]
+        order, images = [], iter(range(len(sizes)))
+        for left in (ids == self.config.image_token_id).sum(1).tolist():
+            own = []
+            while left > 0:
+                own.append(next(images))
+                left -= tokens[own[-1]]
+            order += own * times
+        if pixel_values.dim() == 4:
+            parts = pixel_values.split(tiles)
+            return {"pixel_values": torch.cat([parts[i] for i in order]), "image_sizes": image_sizes[order]}
+        return {"pixel_values": pixel_values[order], "image_sizes": image_sizes[order]}
+
+
+class CompressedLlavaNext(RepeatedPrompts, LlavaNextForConditionalGeneration):
     """LLaVA-NeXT with the projector of its configuration."""
 
     def __init__(self, config):
@@ -145,7 +179,7 @@ class CompressedLlavaNext(LlavaNextForConditionalGeneration):
         self.post_init()
 
 
-class CompressedLlavaOnevision(LlavaOnevisionForConditionalGeneration):
+class CompressedLlavaOnevision(RepeatedPrompts, LlavaOnevisionForConditionalGeneration):
     """LLaVA-OneVision with the projector of its configuration."""
 
     def __init__(self, config):

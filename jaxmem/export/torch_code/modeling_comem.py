@@ -16,149 +16,16 @@ D model width.
 
 import contextlib
 import inspect
-import re
 from types import SimpleNamespace
 
 import torch
-from PIL import Image, ImageOps
 from torch import nn
 from transformers import BatchFeature
 
 from .backbone_jaxmem import Backbone
+from .comem_items import prepare
+from .comem_layers import TOWER, Memory, adapted
 from .configuration_jaxmem import JaxMemConfig
-
-TOWER = "model.visual"
-PLACES = {  # where the settings' `kernels` lie among the backbone's modules, {} for the layer
-    "layers": "model.language_model.layers.{}",
-    "visual/blocks": f"{TOWER}.blocks.{{}}",
-    "visual/merger": f"{TOWER}.merger",
-    "visual/deepstack": f"{TOWER}.deepstack_merger_list.{{}}",
-}
-NAMES = {  # and what they are called there, which depends on the family
-    **{f"attention/{x}": [f"self_attn.{x}_proj"] for x in "qkvo"},
-    **{f"ffn/{x}": [f"mlp.{x}_proj"] for x in ("gate", "up", "down")},
-    **{f"mlp/{x}": [f"mlp.{x}_proj"] for x in ("gate", "up", "down")},
-    **{f"attention/{x}": [f"attn.{x}"] for x in ("qkv", "proj")},
-    **{f"mlp/fc{i}": [f"mlp.fc{i}", f"mlp.linear_fc{i}"] for i in (1, 2)},
-    "fc1": ["mlp.0", "linear_fc1"],
-    "fc2": ["mlp.2", "linear_fc2"],
-}
-
-
-class Factors(nn.Module):
-    """A low-rank update beside a linear map: y + scale * B(A(x))."""
-
-    def __init__(self, linear, rank, scale):
-        super().__init__()
-        self.scale = scale
-        self.lora_A = nn.Linear(linear.in_features, rank, bias=False)
-        self.lora_B = nn.Linear(rank, linear.out_features, bias=False)
-
-    def add(self, linear, args, out):
-        """A forward hook of the linear map."""
-        return out + self.scale * self.lora_B(self.lora_A(args[0])).to(out.device)
-
-
-class LatentAttention(nn.Module):
-    """Latents look at an item and at one another; 16 heads of D / 16 as published."""
-
-    def __init__(self, settings):
-        super().__init__()
-        width, inner = settings.width, settings.heads * settings.head_dim
-        self.heads = settings.heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.to_q = nn.Linear(width, inner, bias=False)
-        self.to_kv = nn.Linear(width, 2 * inner, bias=False)
-        self.to_out = nn.Linear(inner, width, bias=False)
-
-    def split(self, x):
-        """[N, L, H * C] -> [N, H, L, C]."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def look(self, normed):
-        """Keys and values [N, H, L, C] of [N, L, D]; the first half of the map's result are keys."""
-        return [self.split(part) for part in self.to_kv(normed).chunk(2, dim=-1)]
-
-    def forward(self, latents, item, valid):
-        """[N, M, D], the item's keys and values, [N, L] bool -> [N, M, D]; latents themselves are always seen."""
-        normed = self.norm2(latents)
-        keys, values = (torch.cat(parts, dim=2) for parts in zip(item, self.look(normed), strict=True))
-        seen = nn.functional.pad(valid, (0, latents.shape[1]), value=True)[:, None, None]
-        found = nn.functional.scaled_dot_product_attention(self.split(self.to_q(normed)), keys, values, seen)
-        return self.to_out(found.transpose(1, 2).flatten(2))
-
-
-def branches(settings):
-    """One pass: attention, and the feed-forward branch."""
-    width, inner = settings.width, settings.ff_mult * settings.width
-    maps = nn.Linear(width, inner, bias=False), nn.GELU(), nn.Linear(inner, width, bias=False)
-    return nn.ModuleList([LatentAttention(settings), nn.Sequential(nn.LayerNorm(width), *maps)])
-
-
-class QFormer(nn.Module):
-    """Hidden states of an item become M vectors: a perceiver resampler, `depth` passes with the same weights.
-
-    Eighteen tensors, named as the paper's own code names them. The item never changes, so that passes that share their
-    weights share its keys and values too.
-    """
-
-    def __init__(self, settings):
-        super().__init__()
-        self.depth, self.shared, width = settings.depth, settings.shared, settings.width
-        self.latents = nn.Parameter(torch.zeros(1, settings.latents, width))
-        self.proj_in, self.proj_out = nn.Linear(width, width), nn.Linear(width, width)
-        self.norm_out = nn.LayerNorm(width)
-        passes = [branches(settings) for _ in range(1 if self.shared else self.depth)]
-        self.layers = passes[0] if self.shared else nn.ModuleList(passes)
-
-    def forward(self, hidden, valid):
-        """[N, L, D] last hidden states, [N, L] bool (False at padding) -> [N, M, D]."""
-        x = self.proj_in(hidden.masked_fill(~valid[..., None], 0))
-        z = self.latents.expand(len(x), -1, -1)
-        look = lambda attention: attention.look(attention.norm1(x))  # noqa: E731
-        seen = look(self.layers[0]) if self.shared else None
-        for index in range(self.depth):
-            attention, feed_forward = self.layers if self.shared else self.layers[index]
-            z = z + attention(z, seen or look(attention), valid)
-            z = z + feed_forward(z)
-        return self.norm_out(self.proj_out(z))
-
-
-class Memory(nn.Module):
-    """What is trained: the encoder's factors, at the names of the modules they update, and the Q-Former."""
-
-    def __init__(self, settings, backbone, paths):
-        super().__init__()
-        self.encoder = nn.Module()
-        for path in paths:
-            *parents, last = path.split(".")
-            node = self.encoder
-            for name in parents:
-                if name not in dict(node.named_children()):
-                    node.add_module(name, nn.Module())
-                node = node.get_submodule(name)
-            node.add_module(last, Factors(backbone.get_submodule(path), settings.rank, settings.alpha / settings.rank))
-        self.knowledge_processor = QFormer(settings)
-        if settings.target_width != settings.width:
-            self.adapter = nn.Linear(settings.width, settings.target_width, bias=False)
-
-    def forward(self, hidden, valid):
-        """[N, L, D] hidden states of items, [N, L] bool -> [N, M, D]."""
-        vectors = self.knowledge_processor(hidden, valid)
-        return self.adapter(vectors) if hasattr(self, "adapter") else vectors
-
-
-def adapted(settings, backbone):
-    """Paths of the linear maps that have factors."""
-    found = []
-    for path, shape in settings.kernels:
-        place = next(place for place in PLACES if path.startswith(f"{place}/"))
-        for index in range(shape[0] if len(shape) == 3 else 1):
-            module = PLACES[place].format(index)
-            held = dict(backbone.get_submodule(module).named_modules())
-            name = next(name for name in NAMES[path.removeprefix(f"{place}/")] if name in held)
-            found.append(f"{module}.{name}")
-    return found
 
 
 def with_memory(signature):
@@ -187,9 +54,6 @@ class JaxMemForConditionalGeneration(Backbone):
     def prepare_items(self, processor, items):
         """Knowledge items as `encode_items` takes them, written as they were in training.
 
-        A user turn with the images and a constant suffix, an assistant turn with the text, no system turn; special
-        tokens that a text spells out stay text. Large images become squares.
-
         Args:
           processor: of this folder (`AutoProcessor`): its tokenizer and image processor are used.
           items: each {"image": ... or "images": [...], "text": ...}; images are paths or PIL images; either may lack.
@@ -197,42 +61,8 @@ class JaxMemForConditionalGeneration(Backbone):
         Returns:
           input_ids, attention_mask, mm_token_type_ids [N, L], padded on the left; pixel_values, image_grid_thw.
         """
-        settings, tokenizer, reader = self._comem, processor.tokenizer, processor.image_processor
-        limits = {"shortest_edge": settings.item_min_pixels, "longest_edge": settings.item_max_pixels}
-        limits = {edge: limits[edge] or reader.size[edge] for edge in limits} if any(limits.values()) else None
-        rows, pixels, grids = [], [], []
-        for item in items:
-            images = item.get("images") or ([] if item.get("image") is None else [item["image"]])
-            text = item.get("text") or ""
-            if not images and not text.strip():
-                raise ValueError("an item needs an image or a text")
-            images = [squashed(open_image(image), settings.squash) for image in images]
-            seen = reader(images=images, return_tensors="pt", **({"size": limits} if limits else {})) if images else {}
-            counts = [int(grid.prod()) // reader.merge_size**2 for grid in seen.get("image_grid_thw", [])]
-            rows.append(self._item_tokens(tokenizer, counts, text[: settings.text_limit]))
-            pixels += [seen["pixel_values"]] if images else []
-            grids += [seen["image_grid_thw"]] if images else []
-        found = left_padded(rows, tokenizer.pad_token_id or 0)
-        found["mm_token_type_ids"] = self._kinds(found["input_ids"])
-        found |= {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)} if pixels else {}
-        return BatchFeature(found).to(self.device)
-
-    def _item_tokens(self, tokenizer, counts, text):
-        """Tokens of an item whose images take `counts` of them."""
-        ids = (self.config.vision_start_token_id, self.config.image_token_id, self.config.vision_end_token_id)
-        start, pad, end = (tokenizer.convert_ids_to_tokens(id_) for id_ in ids)
-        images = "".join(start + pad * count + end for count in counts)
-        head = f"<|im_start|>user\n{images}{self._comem.suffix}<|im_end|>\n<|im_start|>assistant\n"
-        media = {*ids, self.config.video_token_id}
-        special = [t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special or i in media]
-        pattern = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
-        pieces = re.split(f"({pattern})", text)  # alternates: plain, special, plain, ...
-        pieces[0] = head + pieces[0]
-        pieces[-1] += "<|im_end|>\n"
-        found = []
-        for place, piece in enumerate(pieces):
-            found += tokenizer(piece, add_special_tokens=False, split_special_tokens=place % 2 == 1)["input_ids"]
-        return found
+        found = prepare(self._comem, self.config, processor, items)
+        return BatchFeature(found | {"mm_token_type_ids": self._kinds(found["input_ids"])}).to(self.device)
 
     def encode_items(
         self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, mm_token_type_ids=None
@@ -261,9 +91,8 @@ class JaxMemForConditionalGeneration(Backbone):
         rows = [row if self._comem.order == "rank" else row.flip(0) for row in vectors.split(list(counts))]
         most, each = max(counts, default=0), vectors.shape[1]
         memory = torch.stack([nn.functional.pad(row, (0, 0, 0, 0, 0, most - len(row))) for row in rows])
-        valid = torch.arange(most * each, device=vectors.device) < each * torch.tensor(counts)[:, None].to(
-            vectors.device
-        )
+        places = torch.arange(most * each, device=vectors.device)
+        valid = places < each * torch.tensor(counts, device=vectors.device)[:, None]
         return {"memory": memory.flatten(1, 2), "memory_mask": valid.long()}
 
     @torch.no_grad()
@@ -332,15 +161,10 @@ class JaxMemForConditionalGeneration(Backbone):
         """
         if self._without(memory):
             return super().forward(input_ids, attention_mask, position_ids, logits_to_keep=logits_to_keep, **kwargs)
-        if input_ids is None:
-            raise ValueError("memory stands in front of tokens: give input_ids, not inputs_embeds alone")
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError(
-                "memory needs a cache that grows and a mask [B, T]: leave out cache_implementation='static'"
-            )
-        valid = torch.ones(memory.shape[:2]) if memory_mask is None else memory_mask
-        valid, (rows, count) = valid.to(input_ids).bool(), input_ids.shape
-        past = length_of(kwargs)
+        cache = cache_of(kwargs)
+        valid = self._checked(memory, memory_mask, input_ids, attention_mask, cache)
+        rows, count = input_ids.shape
+        past = length_of(cache)
         before = past - memory.shape[1] if past else 0
         mask = input_ids.new_ones(rows, before + count) if attention_mask is None else attention_mask
         places = self._places(input_ids, mask, position_ids, past, kwargs)
@@ -363,9 +187,23 @@ class JaxMemForConditionalGeneration(Backbone):
 
     forward.__signature__ = with_memory(inspect.signature(Backbone.forward))
 
+    def _checked(self, memory, memory_mask, input_ids, attention_mask, cache):
+        """Which vectors of `memory` are there, [B, S] bool; ValueError for arguments that do not go with it."""
+        if input_ids is None:
+            raise ValueError("memory stands in front of tokens: give input_ids, not inputs_embeds alone")
+        if getattr(cache, "is_compileable", False) or (attention_mask is not None and attention_mask.ndim != 2):
+            raise ValueError("memory needs a cache that grows, a mask [B, T]: leave out cache_implementation='static'")
+        width = self.get_input_embeddings().embedding_dim
+        if memory.ndim != 3 or memory.shape[0] != len(input_ids) or memory.shape[2] != width:
+            raise ValueError(
+                f"memory of {len(input_ids)} prompts is [{len(input_ids)}, S, {width}], not {[*memory.shape]}"
+            )
+        valid = torch.ones(memory.shape[:2]) if memory_mask is None else memory_mask
+        return valid.to(input_ids.device).bool()
+
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, memory=None, **kwargs):
         """transformers', which counts the new tokens behind a cache that an earlier `generate` left."""
-        if next_sequence_length is not None and kwargs.get("is_first_iteration") and length_of(kwargs):
+        if next_sequence_length is not None and kwargs.get("is_first_iteration") and length_of(cache_of(kwargs)):
             next_sequence_length += 0 if self._without(memory) else memory.shape[1]
         return super().prepare_inputs_for_generation(input_ids, next_sequence_length, memory=memory, **kwargs)
 
@@ -408,29 +246,11 @@ class JaxMemForConditionalGeneration(Backbone):
         return (input_ids == self.config.image_token_id).int() + 2 * (input_ids == self.config.video_token_id).int()
 
 
-def length_of(kwargs):
-    """Entries of the cache among a call's arguments; what it is called depends on the release of transformers."""
-    cache = kwargs.get("cache", kwargs.get("past_key_values"))
+def cache_of(kwargs):
+    """The cache among a call's arguments; what it is called depends on the release of transformers."""
+    return kwargs.get("cache", kwargs.get("past_key_values"))
+
+
+def length_of(cache):
+    """How many entries a cache has."""
     return 0 if cache is None else int(cache.get_seq_length())
-
-
-def left_padded(rows, pad):
-    """Lists of tokens as input_ids and attention_mask [N, L]."""
-    most = max(map(len, rows))
-    ids = [[pad] * (most - len(row)) + row for row in rows]
-    mask = [[0] * (most - len(row)) + [1] * len(row) for row in rows]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-
-
-def open_image(source):
-    """A path or PIL image as 8-bit RGB: turned upright by its EXIF tag, what is transparent on white."""
-    image = ImageOps.exif_transpose(source if isinstance(source, Image.Image) else Image.open(source))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def squashed(image, side):
-    """A picture with a longer side than `side` as a square of it; 0 keeps it."""
-    return image.resize((side, side), Image.Resampling.LANCZOS) if side and max(image.size) > side else image

@@ -47,9 +47,9 @@ class Tiling:
         rows, columns = self.canvas(size)
         return 1 + rows * columns
 
-    def count_tokens(self, size):
-        """Tokens of an image that is alone in its prompt."""
-        tokens = torch.zeros(self.count_tiles(size, False), self.tokens, 1)
+    def count_tokens(self, size, several=False):
+        """Tokens of an image of size = (height, width) in pixels, alone in its prompt or one of several."""
+        tokens = torch.zeros(self.count_tiles(size, several), self.tokens, 1)
         return len(self.arrange(tokens, size, tokens.new_zeros(1)))
 
     def canvas(self, size):

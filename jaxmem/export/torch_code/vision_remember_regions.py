@@ -152,8 +152,8 @@ def shown(model, size, tiles, padded):
     whole = torch.ones(1, (tile // patch) ** 2, dtype=torch.bool)  # the thumbnail is squeezed
     if padded:
         canvas, most = (1, 1), max(size)
-        starts = [(most - length) // 2 for length in size]
-        bounds = [(start * tile / most, (start + length) * tile / most) for start, length in zip(starts, size, strict=True)]
+        starts = [((most - length) // 2, length) for length in size]
+        bounds = [(start * tile / most, (start + length) * tile / most) for start, length in starts]
     elif tiles == 1:
         return whole
     else:

@@ -74,7 +74,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, mask):
         """[S, D], mask [S, S] bool -> [S, D]."""
-        parts = (part(x).unflatten(-1, (self.heads, -1)).transpose(0, 1) for part in (self.q_proj, self.k_proj, self.v_proj))
+        parts = (
+            part(x).unflatten(-1, (self.heads, -1)).transpose(0, 1) for part in (self.q_proj, self.k_proj, self.v_proj)
+        )
         query, key, value = parts
         found = nn.functional.scaled_dot_product_attention(query[None], key[None], value[None], mask)[0]
         return self.out_proj(found.transpose(0, 1).flatten(1))

@@ -1,4 +1,4 @@
-"""Tiny models that look at tiles, their exported folders, and what torch is asked of them."""
+"""Tiny models that look at images, their exported folders, and what torch is asked of them."""
 
 from __future__ import annotations
 
@@ -48,12 +48,17 @@ def write(kind: str, folder: Path, *, projector: Any = None, family: str = "qwen
       seed: of the weights.
       **settings: of config.json.
     """
-    write_llava(kind, folder, family=family, weights=False, text={"num_hidden_layers": 4}, **settings)
-    amend(folder, **({} if projector is None else {"projector": projector}))
-    config = registry.config_from_hf(huggingface.read_config(folder))
-    shapes = registry.backbone(config.model_type).shapes(config)
-    huggingface.save_backbone(folder, random_like(shapes, seed), config)
+    made = config(kind, folder, projector, family=family, **settings)
+    shapes = registry.backbone(made.model_type).shapes(made)
+    huggingface.save_backbone(folder, random_like(shapes, seed), made)
     return jaxmem.load(folder)
+
+
+def config(kind: str, folder: Path, projector: Any = None, **settings: Any) -> Any:
+    """All files but the weights."""
+    write_llava(kind, folder, weights=False, text={"num_hidden_layers": 4}, **settings)
+    amend(folder, **({} if projector is None else {"projector": projector}))
+    return registry.config_from_hf(huggingface.read_config(folder))
 
 
 def random_like(shapes: Any, seed: int) -> Any:
@@ -89,9 +94,8 @@ def export(model: jaxmem.Model, folder: Path) -> Path:
 
 def load(folder: Path, **settings: Any) -> Any:
     """The torch model, with every tensor in place."""
-    model, found = transformers.AutoModelForImageTextToText.from_pretrained(
-        folder, trust_remote_code=True, output_loading_info=True, dtype=torch.float32, **settings
-    )
+    settings = {"trust_remote_code": True, "output_loading_info": True, "dtype": torch.float32} | settings
+    model, found = transformers.AutoModelForImageTextToText.from_pretrained(folder, **settings)
     assert not any(found[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")), found
     return model.eval()
 
@@ -181,3 +185,50 @@ def answers(model: jaxmem.Model, asked: Asked) -> list[list[int]]:
     buckets = Buckets(tokens=(asked.batch.tokens.shape[1],), patches=(max(1, asked.batch.patches.shape[1]),))
     done = model.generate(asked.chats, max_new_tokens=TOKENS, stop_tokens=(), buckets=buckets)
     return [list(answer.tokens) for answer in done]
+
+
+def continued(asked: Asked, said: Sequence[Sequence[int]]) -> Any:
+    """The batch with continuations behind its prompts, which are padded on the left."""
+    batch, new = asked.batch, np.asarray(said, np.int32)
+    last = np.asarray(batch.positions).max(axis=(1, 2))
+    places = np.broadcast_to((last[:, None] + 1 + np.arange(new.shape[1]))[:, None], (len(new), 3, new.shape[1]))
+    grown = {"tokens": new, "positions": places, "segments": np.ones_like(new), "loss_mask": np.zeros(new.shape)}
+    grown |= {"visual_rows": np.full_like(new, -1)}
+    taps = np.zeros((len(new), 4, new.shape[1]))
+    optional = {"question": np.zeros(new.shape), "visual_taps": taps, "visual_weights": taps}
+    grown |= {name: value for name, value in optional.items() if getattr(batch, name) is not None}
+    joined = lambda old, new: np.concatenate([old, new.astype(old.dtype)], axis=-1)  # noqa: E731
+    return dataclasses.replace(batch, **{key: joined(np.asarray(getattr(batch, key)), x) for key, x in grown.items()})
+
+
+def check(ours: jaxmem.Model, theirs: Any, asked: Asked) -> np.ndarray:
+    """Logits of prompts, and every token of torch's greedy continuations, are ours; returns our logits [B, T, V].
+
+    A continuation is ours when each of its tokens is what we find most likely behind the ones before it.
+    """
+    banned = list(ours.spec.backbone.media_tokens)
+    said = greedy(theirs, asked, banned)
+    scores = np.asarray(ours.logits(continued(asked, said)))
+    length = asked.batch.tokens.shape[1]
+    close(scores[:, :length], logits(theirs, asked), asked)
+    allowed = scores[:, length - 1 : -1].copy()
+    allowed[..., banned] = -np.inf
+    assert allowed.argmax(-1).tolist() == said and len(said[0]) == TOKENS
+    return scores[:, :length]
+
+
+def close(ours: np.ndarray, theirs: np.ndarray, asked: Asked) -> None:
+    """Logits of all tokens to 1e-4, and they say something."""
+    assert np.abs(ours[asked.valid]).max() > 1
+    np.testing.assert_allclose(theirs[asked.valid], ours[asked.valid], atol=1e-4, rtol=0)
+
+
+def check_both(ours: jaxmem.Model, theirs: Any, asked: Asked) -> None:
+    """`check` with the memory and without; it changes what is said of images, and nothing else."""
+    on = check(ours, theirs, asked)
+    theirs.use_memory = False
+    off = check(ours.without_memory(), theirs, asked)
+    theirs.use_memory = True
+    seen = np.asarray([bool(pictures(chat)) for chat in asked.chats])
+    change = np.abs(on - off).max(axis=(1, 2), where=asked.valid[..., None], initial=0)
+    assert (change[seen] > 0.5).all() and (change[~seen] < 1e-4).all()
