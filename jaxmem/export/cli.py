@@ -17,6 +17,7 @@ from jaxmem import api
 from jaxmem.api import Model
 from jaxmem.assets import TINY
 from jaxmem.checkpoints.huggingface import SHARD_SIZE
+from jaxmem.distributed import hosts
 from jaxmem.errors import CheckpointError, ConfigError
 from jaxmem.export import adapters, card, hf, plain, prove
 from jaxmem.export.prove import Proof
@@ -80,6 +81,8 @@ def export(
         raise ConfigError(f"export --dtype={dtype}: there are {', '.join(DTYPES)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty; choose another folder")
+    if proven and hosts.count() > 1:
+        raise ConfigError("export: several hosts write a folder without its proof: set proven=False")
     if proven:
         prove.check_torch()
     target, found = TARGETS[to], None
@@ -105,7 +108,14 @@ def as_written(model: Model, dtype: str | None) -> Model:
 
 @contextlib.contextmanager
 def finished(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its place when the block ends well, and vanishes when it does not."""
+    """A folder beside `folder` that takes its place when the block ends well, and vanishes when it does not.
+
+    Of several hosts that run the same block, the first alone writes; what the others stage vanishes.
+    """
+    if not hosts.first():
+        with tempfile.TemporaryDirectory() as nowhere:
+            yield Path(nowhere)
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{folder.name}-exporting-", dir=folder.parent))
     try:

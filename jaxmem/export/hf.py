@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmem.adapters import lora
 from jaxmem.api import Model
@@ -101,15 +101,16 @@ def merged(base: Any) -> Any:
     """The backbone's weights with LoRA factors added, kernel by kernel and layer by layer, when they are read."""
 
     def add(node: dict[str, Any]) -> View:
-        kernel, a, b, scale = (node[name] for name in ("kernel", *lora.LEAVES))
+        kernel, a, b, scale = (view(node[name]) for name in ("kernel", *lora.LEAVES))
+        every = slice(0, a.shape[-1])
 
-        def box(index: tuple[slice, ...]) -> Any:
+        def box(index: tuple[slice, ...]) -> np.ndarray:
             layers, rows, columns = index
-            factors = (a[layers, rows].astype(jnp.float32), b[layers, :, columns].astype(jnp.float32))
-            update = scale[layers, None, None] * jnp.matmul(*factors, precision="highest")
-            return view(kernel).box(index) if not scale[layers].any() else _sum(view(kernel).box(index), update)
+            factors = a.box((layers, rows, every)), b.box((layers, every, columns))
+            update = scale.box((layers,))[:, None, None] * np.matmul(*(part.astype(np.float32) for part in factors))
+            return (kernel.box(index) + update).astype(kernel.dtype)
 
-        return View(tuple(kernel.shape), kernel.dtype, box)
+        return View(kernel.shape, kernel.dtype, box)
 
     def walk(node: Any) -> Any:
         if not isinstance(node, dict):
@@ -118,12 +119,7 @@ def merged(base: Any) -> Any:
             return {name: leaf for name, leaf in node.items() if name not in lora.LEAVES} | {"kernel": add(node)}
         return {name: walk(child) for name, child in node.items()}
 
-    return {**walk(base)}
-
-
-def _sum(kernel: Any, update: jax.Array) -> Any:
-    """In float32, in the dtype of the kernel."""
-    return jax.device_get((kernel + update).astype(kernel.dtype))
+    return walk(base)
 
 
 def cast(tensors: Iterable[tuple[str, View]], dtype: Any) -> list[tuple[str, View]]:

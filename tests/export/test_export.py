@@ -18,6 +18,7 @@ from jaxmem.adapters import lora
 from jaxmem.checkpoints import weights
 from jaxmem.checkpoints.huggingface import load_backbone
 from jaxmem.checkpoints.table import view
+from jaxmem.distributed.mesh import make_mesh
 from jaxmem.errors import CheckpointError, ConfigError
 from jaxmem.export import cli, hf, prove
 from tests.llava_folder import write_decoder
@@ -96,6 +97,18 @@ def test_the_command_line_writes_what_the_library_writes(model: Any, tmp_path: P
     assert "not proven" in capsys.readouterr().out
     assert "**None.**" in (tmp_path / "out" / "README.md").read_text()
     assert same(jaxmem.load(tmp_path / "out").memory, model.memory)
+
+
+def test_a_mesh_writes_the_same_bytes(model: Any, tmp_path: Path) -> None:
+    sharded = jaxmem.load(dtype="float32", mesh=make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4]))
+    sharded = with_factors(sharded).attach(model.spec.memories[0])
+    plain = with_factors(model.without_memory()).attach(model.spec.memories[0])
+    for name, some in {"sharded": sharded, "plain": plain}.items():
+        some.export(tmp_path / name, proven=False, max_shard_size=1_000_000)
+    files = sorted(file.name for file in (tmp_path / "plain").iterdir())
+    assert len([name for name in files if name.endswith(".safetensors")]) > 1
+    for name in files:
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "sharded" / name).read_bytes(), name
 
 
 def test_a_wrong_export_fails_its_proof_and_leaves_nothing(model: Any, tmp_path: Path, monkeypatch: Any) -> None:

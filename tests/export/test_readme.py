@@ -21,7 +21,9 @@ QUESTION = "Read and add C F A"
 
 
 def test_the_readme_script_answers_as_jaxmem_does(tmp_path: Path) -> None:
-    (script,) = re.findall(r"```python\n(from PIL import Image\nfrom transformers.*?)```", README.read_text(), re.DOTALL)
+    (script,) = re.findall(
+        r"```python\n(from PIL import Image\nfrom transformers.*?)```", README.read_text(), re.DOTALL
+    )
     assert len(script.strip().splitlines()) <= 16
     Image.fromarray(BoardDataset("test", 3)[0].image).save(tmp_path / "board.png")
     model = jaxmem.load(dtype="float32", memory=TINY_PVM)

@@ -17,7 +17,7 @@ from jaxmem.checkpoints.table import View
 from jaxmem.data.control import control_ids
 from jaxmem.errors import CheckpointError, ConfigError
 from jaxmem.export import original_vismem, vismem_layout
-from jaxmem.memory import former, vismem
+from jaxmem.memory import vismem
 from jaxmem.memory.former import Seen
 from jaxmem.model import Spec
 from tests.helpers import write_qwen2_tokenizer
