@@ -176,7 +176,9 @@ VERBS: Mapping[str, Verb] = {
         "jaxmem.export.cli:main",
         "write a folder for PyTorch, and prove it by loading it there",
         (
-            Flag("to", "text", "hf", "hf (with the memory's code), peft, merged (a plain backbone) or original (the paper's)"),
+            Flag(
+                "to", "text", "hf", "hf (with the memory's code), peft, merged (plain backbone), original (a paper's)"
+            ),
             Flag("model", "text", None, "a Hugging Face folder (default: the shipped tiny backbone)"),
             Flag("memory", "text", None, "a folder with a trained memory"),
             Flag("lora", "text", None, "a PEFT folder with factors of the backbone"),
@@ -197,7 +199,7 @@ VERBS: Mapping[str, Verb] = {
             Flag("output", "text", None, "the folder to write, for --memory of other verbs"),
             Flag("allow_pickle", "bool", False, "open pickled files; tensors alone are read"),
         ),
-        example="jaxmem import --memory=vismem --source=epoch3/main.pt --allow_pickle --model=Qwen2.5-VL-7B --output=vm",
+        example="jaxmem import --memory=comem --source=checkpoint-800 --model=Qwen2.5-VL-7B-Instruct --output=memory",
     ),
     "plan": Verb(
         "jaxmem.planning.cli:main",

@@ -67,6 +67,8 @@ def _proof(proof: Proof | None) -> list[str]:
     if proof is None:
         return ["**None.** This folder was written without loading it in torch."]
     equal, of = proof.tokens
+    if not proof.prompts:
+        return ["What was written was read again: every tensor is what it was, to the bit."]
     lines = [
         "The folder was loaded in torch (float32, CPU) and compared with the model that it was made of:"
         f" {', '.join(f'{len(names)} {kind}' for kind, names in proof.keys.items())} tensors; logits differ by at most"

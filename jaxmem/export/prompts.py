@@ -115,7 +115,7 @@ def reference(model: Model, folder: Path) -> None:
     for name, chat in asked.items():
         shown = [part["image"] for part in chat[0]["content"] if part["type"] == "image"]
         about["prompts"][name] = {"images": _save(shown, folder, name), "items": ITEMS[name]}
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     for state, asking in states(exact).items():
         about["states"][state] = dict(asking.there)
         for name, answers in answer(asking, asked).items():

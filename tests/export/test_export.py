@@ -167,3 +167,26 @@ def test_what_cannot_be_exported_is_refused_by_name(model: Any, tmp_path: Path) 
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         cli.export(model, out)
     assert [file.name for file in out.iterdir()] == ["mine.txt"]
+
+
+def test_the_original_layout_comes_back_by_import(model: Any, tmp_path: Path, capsys: Any) -> None:
+    published = model.without_memory().attach("pvm", layers=(0, 2), latent=64, visibility="all")
+    proof = published.export(tmp_path / "original", "original")
+    assert not proof.faults and proof.keys["changed"] == [] and proof.prompts == {}
+    flags = ["--memory=pvm", f"--source={tmp_path / 'original'}", f"--output={tmp_path / 'memory'}"]
+    assert command.main(["import", *flags]) == 0
+    assert "pvm with" in capsys.readouterr().out
+    assert same(jaxmem.load(memory=tmp_path / "memory").memory, published.memory)
+    assert command.main(["import", *flags]) == 2 and "not empty" in capsys.readouterr().err
+
+
+def test_adapters_of_the_model_are_proven_by_peft(model: Any, tmp_path: Path) -> None:
+    proof = cli.export(with_factors(model), tmp_path / "out", "peft")
+    assert (
+        not proof.faults
+        and proof.tokens == (80, 80)
+        and set(proof.prompts) == {f"{name}/adapter" for name in ("text", "wide", "several", "long")}
+    )
+    assert (tmp_path / "out" / "memory.safetensors").is_file()
+    back = jaxmem.load(dtype="float32").restore_lora(tmp_path / "out")
+    assert same(lora.factors(back.base), lora.factors(with_factors(model).base))
