@@ -225,8 +225,9 @@ def table(study: CompressionConfig, found: Mapping[str, Mapping[str, Shares]]) -
         lines.append(f"{ratio:5d}  " + "".join(f"{spread(read(f'{ratio}/{one}')):>22s}" for one in methods))
     lines += ["", f"paired difference to {ALONE}, same seed, same boards"]
     for ratio in study.ratios:
-        gains = [read(f"{ratio}/{one}") - read(f"{ratio}/{ALONE}") for one in methods[1:]]
-        lines.append(f"{ratio:5d}  " + " " * 22 + "".join(f"{spread(gain, '+'):>22s}" for gain in gains))
+        gains = [read(f"{ratio}/{one}") - read(f"{ratio}/{ALONE}") for one in methods]
+        shown = ["" if one == ALONE else spread(gain, "+") for one, gain in zip(methods, gains, strict=True)]
+        lines.append(f"{ratio:5d}  " + "".join(f"{gain:>22s}" for gain in shown))
     return "\n".join([*lines, "", *_sentences(study, read)])
 
 

@@ -157,7 +157,7 @@ def answer(state: State, asked: dict[str, list[dict[str, Any]]]) -> dict[str, di
     known = [vectors[list(ITEMS[name])] for name in asked] if stock else None
     front = max(len(ITEMS[name]) for name in asked) * vectors.shape[1]
     longest = lambda count: (_up(max(map(count, rows))),)  # noqa: E731
-    buckets = Buckets(tokens=(_up(front + max(map(len, rows))),), patches=longest(lambda row: len(row.patches)))
+    buckets = Buckets(tokens=(_up(front + max(map(len, rows))),), patches=longest(lambda row: max(1, len(row.patches))))
     batch = model.batch(prompts, buckets=buckets, padding="left", items=known)
     own = np.asarray(batch.segments) > 0
     if batch.prefix_rows is not None:

@@ -156,7 +156,7 @@ def test_what_cannot_be_exported_is_refused_by_name(model: Any, tmp_path: Path) 
         "a folder holds one memory; this model has 2": (model.attach("mlp", latent=32), {}),
         "fastv has no torch module": (bare.attach("fastv"), {}),
         "a plain folder has no place for pvm": (model, {"to": "merged"}),
-        "read with the backbone alone": (with_factors(bare).attach("vismem"), {}),
+        "reads with the backbone alone": (with_factors(bare).attach("vismem"), {}),
     }
     for message, (some, options) in refused.items():
         with pytest.raises(ConfigError, match=message):
