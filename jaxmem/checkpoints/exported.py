@@ -35,7 +35,8 @@ def backbone_of(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def section(folder: str | Path) -> Mapping[str, Any] | None:
     """What config.json says of the export; None for any other folder."""
-    hf = read_json(Path(folder) / "config.json")
+    file = Path(folder) / "config.json"
+    hf = read_json(file) if file.is_file() else {}
     return hf[SECTION] if is_exported(hf) else None
 
 

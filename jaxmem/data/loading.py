@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmem.backbones.config import BackboneConfig, VisionConfig
-from jaxmem.checkpoints import exported
-from jaxmem.checkpoints.weights import read_json
+from jaxmem.checkpoints import exported, huggingface
 from jaxmem.data.control import without_control_tokens
 from jaxmem.data.pixels import load_image_processor
 from jaxmem.data.processor import END_OF_TURN, Processor
@@ -68,7 +67,7 @@ def _load_images(folder: Path, config: BackboneConfig, min_pixels: int | None, m
         tower, projector = config.vision.tower, config.vision.projector
         return load_tile_processor(
             folder,
-            read_json(folder / "config.json"),
+            huggingface.read_config(folder),
             image_size=tower.image_size,
             patch_size=tower.patch_size,
             cells=projector.grid,

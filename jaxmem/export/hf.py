@@ -65,6 +65,8 @@ def write(model: Model, folder: Path, *, dtype: Any = None, max_shard_size: int 
     config = model.spec.backbone
     names = BACKBONE_TABLES[config.model_type]
     stored = [*write_tree(names.table(config, names.LAYOUTS[-1]), merged(model.base))]
+    if not llava.needs_own(config, model.spec.memories):
+        stored += llava.unread(config, model.folder, names.LAYOUTS[-1])
     for memory in model.spec.memories:
         stored += write_tree(TORCH_TABLES[memory.name](memory, config), model.memory[memory.name])
     write_weights(folder, cast(stored, dtype), max_shard_size)

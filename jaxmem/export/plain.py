@@ -12,7 +12,7 @@ from jaxmem.checkpoints.huggingface import BACKBONE_TABLES, SHARD_SIZE
 from jaxmem.checkpoints.table import write_tree
 from jaxmem.checkpoints.weights import write_json, write_weights
 from jaxmem.errors import ConfigError
-from jaxmem.export import hf
+from jaxmem.export import hf, llava
 
 
 def write(model: Model, folder: Path, *, dtype: Any = None, max_shard_size: int = SHARD_SIZE) -> None:
@@ -28,7 +28,9 @@ def write(model: Model, folder: Path, *, dtype: Any = None, max_shard_size: int 
     if PROJECTOR in stored:
         name = stored[PROJECTOR].get("name")
         raise ConfigError(f"export --to=merged: transformers has no projector {name!r}; use --to=hf, with its code")
-    tensors = write_tree(BACKBONE_TABLES[config.model_type].table(config), hf.merged(model.base))
+    names = BACKBONE_TABLES[config.model_type]
+    tensors = [*write_tree(names.table(config), hf.merged(model.base))]
+    tensors += llava.unread(config, model.folder, names.LAYOUTS[0])
     write_weights(folder, hf.cast(tensors, dtype), max_shard_size)
     write_json(folder / "config.json", stored | hf.number_format(model, dtype))
     hf.write_beside(model, folder)

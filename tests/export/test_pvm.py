@@ -183,12 +183,9 @@ def test_several_answers_to_a_prompt_share_its_images(pair: Pair) -> None:
     np.testing.assert_array_equal(several.reshape(len(single), 2, NEW), np.repeat(single[:, None], 2, axis=1))
 
 
-def test_a_new_prompt_begins_anew(pair: Pair) -> None:
-    """Text without images answers as the backbone does, though the same (static) cache held a prompt with images."""
-    generate(pair.theirs, pair, pair.inputs(PICTURES), cache_implementation="static")
-    inputs = pair.inputs([[], [], []])
-    answers = generate(pair.theirs, pair, inputs, cache_implementation="static")
-    np.testing.assert_array_equal(answers, generate(pair.plain, pair, inputs, cache_implementation="static"))
+def test_text_without_images_answers_as_the_backbone_after_a_prompt_with_some(pair: Pair) -> None:
+    generate(pair.theirs, pair, pair.inputs(PICTURES))
+    inputs = pair.inputs([[], []])
     np.testing.assert_array_equal(torch_logits(pair.theirs, inputs), torch_logits(pair.plain, inputs))
 
 
@@ -233,6 +230,15 @@ def cached(pair: Pair, cache: Any = None, **inputs: Any) -> tuple[np.ndarray, An
     with torch.no_grad():
         out = pair.theirs(**inputs, **{name: cache}, use_cache=True)
     return out.logits.numpy(), out[name]
+
+
+def test_a_prompt_in_a_cache_that_was_reset_begins_anew(qwen3: Pair) -> None:
+    cache = transformers.StaticCache(config=qwen3.theirs.config, max_cache_len=128)
+    cached(qwen3, cache, **qwen3.inputs(PICTURES))
+    cache.reset()
+    inputs = qwen3.inputs([[], [], []])
+    found, _ = cached(qwen3, cache, **inputs)
+    np.testing.assert_allclose(found, torch_logits(qwen3.plain, inputs), atol=1e-5)
 
 
 def test_images_of_a_second_turn_are_added_to_those_in_the_cache(qwen3: Pair) -> None:
