@@ -25,13 +25,14 @@ from jaxmem.checkpoints import (
     qwen3_vl_names,
 )
 from jaxmem.checkpoints.identity import backbone_identity, differences, memory_identity
-from jaxmem.checkpoints.table import Table, View, expected, flatten, unflatten, write_tree
+from jaxmem.checkpoints.table import Table, View, expected, flatten, size, unflatten, write_tree
 from jaxmem.checkpoints.weights import (
     INDEX,
     SHARDS,
     SINGLE,
     open_file,
     open_weights,
+    progress,
     read_json,
     report,
     staged,
@@ -157,7 +158,12 @@ def load_tree(
         tensors = {name: tensor.cast(dtype) for name, tensor in tensors.items()}
     targets = flatten(shapes)
     places = dict.fromkeys(targets) if sharding is None else flatten(jax.tree.broadcast(sharding, shapes))
-    leaves = {rule.ours: _place(rule.read(tensors), places[rule.ours]) for rule in table}
+    leaves = {}
+    with progress(f"reading {Path(where).name}", sum(map(size, tensors.values()))) as advance:
+        for rule in table:
+            source = rule.read(tensors)
+            leaves[rule.ours] = _place(source, places[rule.ours])
+            advance(size(source))
     return unflatten({path: leaves[path] for path in targets})
 
 

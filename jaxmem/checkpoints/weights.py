@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +151,38 @@ def staged(folder: Path, replaced: Sequence[str] = ()) -> Iterator[Path]:
             folder.rmdir()
 
 
-def write_file(path: Path, tensors: Iterable[tuple[str, View]]) -> None:
-    """Writes one safetensors file; one tensor at a time is on the host. Hosts other than the first only read along."""
+SHOWN = 1_000_000_000
+"""From so many bytes on, reading and writing show their progress on a terminal."""
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of `total` bytes on standard error, if that is a terminal and there are many; yields how to move it on."""
+    if total < SHOWN or not hosts.first():
+        yield lambda count: None
+        return
+    from rich import progress as rich  # heavy: only where there is something to wait for
+    from rich.console import Console
+
+    columns = (
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.DownloadColumn(),
+        rich.TimeRemainingColumn(),
+    )
+    out = Console(stderr=True)
+    with rich.Progress(*columns, console=out, disable=not out.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def write_file(
+    path: Path, tensors: Iterable[tuple[str, View]], advance: Callable[[int], None] = lambda count: None
+) -> None:
+    """Writes one safetensors file; one tensor at a time is on the host. Hosts other than the first only read along.
+
+    `advance` is told the bytes of every tensor that was written.
+    """
     names = {dtype: kind for kind, dtype in DTYPES.items()}
     tensors = sorted(tensors, key=lambda item: -jnp.dtype(item[1].dtype).itemsize)  # keeps every tensor aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -170,6 +200,7 @@ def write_file(path: Path, tensors: Iterable[tuple[str, View]]) -> None:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for _, tensor in tensors:
             file.write(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data)
+            advance(size(tensor))
         file.flush()
         os.fsync(file.fileno())
 
@@ -184,12 +215,12 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, View]], max_shard_s
             room = max_shard_size
         shards[-1].append((name, tensor))
         room -= size(tensor)
-    if len(shards) == 1:
-        return write_file(folder / SINGLE, shards[0])
-    places = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / file, shard)
-        places |= {name: file for name, _ in shard}
-    total = sum(size(tensor) for shard in shards for _, tensor in shard)
+    total, places = sum(size(tensor) for shard in shards for _, tensor in shard), {}
+    with progress(f"writing {folder.name}", total) as advance:
+        if len(shards) == 1:
+            return write_file(folder / SINGLE, shards[0], advance)
+        for number, shard in enumerate(shards, 1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            write_file(folder / file, shard, advance)
+            places |= {name: file for name, _ in shard}
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})

@@ -1,5 +1,6 @@
 """Qwen3-VL folders made by transformers, to our tree and back, bit for bit; and everything that can be wrong."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jaxmem.backbones import qwen3_vl
-from jaxmem.checkpoints import huggingface, qwen3_vl_names
+from jaxmem.checkpoints import huggingface, qwen3_vl_names, table, weights
 from jaxmem.checkpoints.huggingface import load_backbone, read_config, save_backbone
 from jaxmem.checkpoints.table import expected, flatten
 from jaxmem.checkpoints.weights import INDEX, SINGLE, open_weights
@@ -387,3 +388,17 @@ def test_saving_another_tree_is_refused(source, tmp_path):
     with pytest.raises(ValueError, match="differ at head"):
         save_backbone(tmp_path / "x", {k: v for k, v in base.items() if k != "head"}, config)
     assert not (tmp_path / "x").exists()
+
+
+def test_large_files_show_how_far_they_are(tmp_path, monkeypatch):
+    told: list[int] = []
+
+    @contextlib.contextmanager
+    def bar(what: str, total: int):
+        told.append(-total)
+        yield told.append
+
+    monkeypatch.setattr(weights, "progress", bar)
+    tensors = [(f"part{i}", table.view(np.ones((4, 2 + i), np.float32))) for i in range(3)]
+    weights.write_weights(tmp_path, tensors, 60)
+    assert told == [-144, 32, 48, 64] and len(list(tmp_path.glob("model-*.safetensors"))) == 3
