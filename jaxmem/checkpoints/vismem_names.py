@@ -62,11 +62,8 @@ def _slots(config: VisMemConfig, prefix: str, kind: str) -> Rule:
 
 
 def _query_builder(config: VisMemConfig, prefix: str) -> list[Rule]:
-    stack, ours, theirs = (
-        (("n", tuple(range(config.builder_layers))),),
-        "query_builder",
-        f"{prefix}encoder.layers.{{n}}",
-    )
+    ours, theirs = "query_builder", f"{prefix}encoder.layers.{{n}}"
+    stack = (("n", tuple(range(config.builder_layers))),)
     positions = (config.builder_length, config.width)
     rules = [
         Rule(f"{ours}/q_init", f"{prefix}q_init"),

@@ -269,7 +269,7 @@ def prepare(config: PVMConfig, params: Any, visual: Array | None, rows: Array, s
     if visual is None:
         return None
     batch, index = jnp.arange(rows.shape[0])[:, None], jnp.where(rows >= 0, rows, visual.shape[1])
-    place = lambda what: jnp.zeros(visual.shape[:2], jnp.int32).at[batch, index].set(what, mode="drop")  # noqa: E731
+    place = lambda what: jnp.zeros(visual.shape[:2], jnp.int32).at[batch, index].max(what, mode="drop")  # noqa: E731
     segments = place(stream.segments)
     if config.source == "hidden":
         return PVMState(None, None, place(stream.order), segments)

@@ -193,3 +193,35 @@ def test_adapters_of_the_model_are_proven_by_peft(model: Any, tmp_path: Path) ->
         jax.tree.map(lambda leaf: leaf[used], lora.factors(some.base)) for some in (back, with_factors(model))
     )
     assert same(written, wanted)
+
+
+MEMORIES = {
+    "vismem": {"queries": 4, "short": 2, "long": 3, "rank": 4},
+    "comem": {"latents": 2, "heads": 4, "head_dim": 32, "depth": 2, "rank": 4},
+    "vision_remember": {"layers": (0, 1), "inner": 64, "heads": 4, "preset": "vr_v2"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "tokens"),
+    [
+        ("vismem", "hf", 200),  # 80 off, 80 on, and what is said while memories are called for
+        ("vismem", "peft", 160),
+        ("vismem", "original", 0),
+        ("comem", "hf", 160),
+        ("comem", "peft", 80),
+        ("comem", "original", 0),
+        ("vision_remember", "hf", 160),
+    ],
+)
+def test_every_memory_is_proven_in_every_format(name: str, to: str, tokens: int, tmp_path: Path) -> None:
+    model, number = jaxmem.load(dtype="float32").attach(name, **MEMORIES[name]), iter(range(1, 1000))
+    noisy = lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.key(next(number)), leaf.shape)  # noqa: E731
+    model = dataclasses.replace(model, memory=jax.tree.map(noisy, model.memory))
+    proof = model.export(tmp_path / "out", to)
+    equal, of = proof.tokens
+    assert not proof.faults and equal == of >= tokens
+    assert (to == "original") == (of == 0)
+    if to == "hf":
+        back = jaxmem.load(tmp_path / "out")
+        assert back.spec == model.spec and same(back.base, model.base) and same(back.memory, model.memory)

@@ -236,6 +236,23 @@ def test_sampled_answers_keep_the_rules(qwen: Pair) -> None:
     assert sum(invoked) > 9 and len(set(invoked)) > 1
 
 
+def test_an_invocation_needs_room_for_all_that_follows(qwen: Pair) -> None:
+    """Of a model that cannot but call: a short memory takes 4 places with its tokens, a long one 6."""
+    config, settings = qwen.ours.spec.vismem, qwen.theirs.settings
+    settings.invoke_bias = 1e3
+    try:
+        for kind, needed in (("short", 4), ("long", 6)):
+            only = {"disabled": tuple({"short", "long"} - {kind}), "disabled_mode": "mask"}
+            for places in (needed - 1, needed):
+                answers = ask(qwen, max_new_tokens=places, **only)
+                for row, memories in enumerate(answers.memories):
+                    tokens, at = said(qwen, answers, row), vismem.TYPES.index(kind)
+                    assert (tokens == [config.invoke_ids[at], config.end_ids[at]]) == (places == needed)
+                    assert len(memories) == (places == needed) and (memories or max(tokens) < KNOWN)
+    finally:
+        settings.invoke_bias = config.invoke_bias
+
+
 def test_rows_end_by_themselves_and_do_not_disturb_others(qwen: Pair, once: Any) -> None:
     rows = [said(qwen, once, row) for row in range(3)]
     ordinary = [token for token in rows[0] if token < KNOWN and token not in rows[1]]

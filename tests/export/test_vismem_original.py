@@ -32,7 +32,6 @@ safetensors = pytest.importorskip("safetensors.torch")
 from tests import tiny  # noqa: E402
 
 WIDTH, QUERIES, SHORT, LONG, RANK, POSITIONS = 64, 8, 8, 16, 16, 2048
-SIZES = {"rank": RANK, "preset": "official"}
 FRONT, ALIAS = "base_model.", "peft_model.base_model.model."
 FLAT = (("model.language_model.", "model."), ("model.visual.", "visual."))
 """How transformers before 4.52 called what later releases call otherwise."""

@@ -23,6 +23,10 @@ class Branch(nn.Module):
         layer.post_attention_layernorm.register_forward_pre_hook(self._catch)
         layer.mlp.register_forward_hook(self._add)
 
+    def act(self, x, normed):
+        """What is added to the FFN's output."""
+        raise NotImplementedError
+
     def _catch(self, norm, args):
         self.x = args[0]
 
