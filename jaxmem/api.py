@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from jaxmem import config as configs
 from jaxmem import model as functions
@@ -23,14 +23,13 @@ from jaxmem.adapters.lora import LoRAConfig
 from jaxmem.assets import TINY
 from jaxmem.backbones import registry
 from jaxmem.backbones.batch import Array, Batch
-from jaxmem.backbones.config import BackboneConfig
 from jaxmem.checkpoints import exported, huggingface, peft
 from jaxmem.data import control, knowledge, query
 from jaxmem.data.batching import Buckets, collate
 from jaxmem.data.example import Example
 from jaxmem.data.loading import load_processor
 from jaxmem.data.processor import Processor
-from jaxmem.distributed.mesh import AXES, current, shardings
+from jaxmem.distributed.mesh import AXES, check_heads, current, shardings
 from jaxmem.errors import ConfigError, DataError
 from jaxmem.memory import comem, former
 from jaxmem.memory.registry import memory as memory_module
@@ -363,15 +362,6 @@ class Model:
         huggingface.save_memory(folder, self.memory[config.name], config, self.spec.backbone)
 
 
-def check_heads(config: BackboneConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Raises ConfigError when the mesh's `tensor` axis does not divide the decoder's heads."""
-    tensor, text = mesh.shape["tensor"], config.text
-    for what, heads in (("key heads", text.kv_heads), ("heads", text.heads)):
-        if heads % tensor:
-            fitting = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
-            raise ConfigError(f"mesh.tensor = {tensor} does not divide the decoder's {heads} {what}; use {fitting}")
-
-
 def load(
     path: str | Path = TINY,
     dtype: Any = None,
@@ -404,7 +394,7 @@ def load(
     processor = load_processor(folder, config, **limits)
     dtype = None if dtype is None else jnp.dtype(dtype)
     if mesh is not None:
-        check_heads(config, mesh)
+        check_heads(config.text, mesh)
         sharding = shardings(mesh, registry.backbone(config.model_type).shapes(config))
     own = (exported.section(folder) or {}).get("memory")
     ignore = None if own is None else exported.OWN.pattern

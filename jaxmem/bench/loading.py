@@ -101,7 +101,6 @@ def peak(done: threading.Event) -> float:
 
 def main(folder: str) -> None:
     """What one host does: reads its pieces and prints its peak."""
-    from jaxmem import api
     from jaxmem.backbones import registry
     from jaxmem.checkpoints import huggingface
     from jaxmem.distributed import hosts, mesh
@@ -111,7 +110,7 @@ def main(folder: str) -> None:
         config = registry.config_from_hf(huggingface.read_config(folder))
         tensor = math.gcd(2, config.text.kv_heads)
         places = mesh.make_mesh(fsdp=-1, tensor=tensor)
-        api.check_heads(config, places)
+        mesh.check_heads(config.text, places)
         done, peaks = threading.Event(), []
         watcher = threading.Thread(target=lambda: peaks.append(peak(done)))
         watcher.start()

@@ -23,6 +23,8 @@ from jaxmem.checkpoints.weights import open_file, read_json, report, staged, wri
 from jaxmem.errors import CheckpointError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_TOWER = r".*\b(visual|vision_tower)\..*"
+"""A tower has modules of the same names, such as Qwen2.5-VL's gate_proj."""
 _FACTORS = {"lora_a": "lora_A", "lora_b": "lora_B"}
 _PLAIN = {  # settings of PEFT that change what is computed, and the value that leaves plain LoRA
     "use_dora": False,
@@ -139,6 +141,7 @@ def _config(
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": 0.0,
         "target_modules": [stems[path].rpartition(".")[2] for path in paths],
+        "exclude_modules": None if backbone.vision is None else _TOWER,
         "layers_to_transform": None if everywhere else list(layers),
     }
 

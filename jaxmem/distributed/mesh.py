@@ -144,6 +144,15 @@ def _words(sizes: Mapping[str, int]) -> str:
     return "a mesh of " + " x ".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
+def check_heads(text: Any, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ConfigError when the mesh's `tensor` axis does not divide the heads of a decoder's TextConfig."""
+    tensor = mesh.shape["tensor"]
+    for what, heads in (("key heads", text.kv_heads), ("heads", text.heads)):
+        if heads % tensor:
+            fitting = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
+            raise ConfigError(f"mesh.tensor = {tensor} does not divide the decoder's {heads} {what}; use {fitting}")
+
+
 def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """The partition of one weight: the first rule that its path matches, without axes that do not divide it."""
     return _fitted(next((spec for pattern, spec in RULES if re.search(pattern, path)), P()), shape, mesh)

@@ -16,20 +16,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 
 from jaxmem.adapters import lora
 from jaxmem.api import Model
 from jaxmem.checkpoints import peft
 from jaxmem.checkpoints.huggingface import BACKBONE_TABLES, SHARD_SIZE
 from jaxmem.checkpoints.memory_names import TORCH_TABLES
-from jaxmem.checkpoints.table import view, write_tree
-from jaxmem.checkpoints.weights import write_file, write_json
+from jaxmem.checkpoints.table import View, view, write_tree
+from jaxmem.checkpoints.weights import open_file, write_file, write_json
 from jaxmem.errors import ConfigError
-from jaxmem.export import hf, original_comem, prompts
+from jaxmem.export import hf, original_comem, original_vismem, prompts
 from jaxmem.export.prove import KEYS, Proof, reload
 from jaxmem.memory import comem, vismem
-from jaxmem.memory.vismem import TYPES, VisMemConfig
+from jaxmem.memory.vismem import VisMemConfig
 
 CONTROL_TOKENS, ENCODER, MEMORY = "control_tokens", "encoder", "memory.safetensors"
 _OWN = "memory."
@@ -51,11 +51,9 @@ def write(model: Model, folder: Path, *, dtype: Any = None, max_shard_size: int 
             (folder / name).mkdir()
             original_comem.write(model, folder / name, dtype=dtype)
         else:
-            peft.save_adapter(folder / name, adapted.base, model.spec.backbone, _origin(model))
-    for memory in memories:
-        tensors = write_tree(TORCH_TABLES[memory.name](memory, model.spec.backbone), model.memory[memory.name])
-        own = [(name.removeprefix(_OWN), tensor) for name, tensor in tensors if ".lora_" not in name]
-        write_file(folder / MEMORY, hf.cast(own, dtype))
+            peft.save_adapter(folder / name, adapted.base, model.spec.backbone, hf.origin(model))
+    if memories:
+        write_file(folder / MEMORY, hf.cast(_own(model), dtype))
     if model.spec.vismem is not None:
         _write_control_tokens(folder / CONTROL_TOKENS, model, model.spec.vismem)
     hf.write_beside(model, folder)
@@ -64,27 +62,23 @@ def write(model: Model, folder: Path, *, dtype: Any = None, max_shard_size: int 
 def adapters(model: Model) -> dict[str, Model]:
     """By folder ("" is the outer one): the backbone as it computes with one adapter."""
     bare, found = model.without_memory(), {}
-    plain = lora.strip(bare.base)
     with_base = lambda base: dataclasses.replace(bare, base=base)  # noqa: E731
     if lora.has_lora(bare.base):
         found[""] = bare
     if (config := model.spec.vismem) is not None:
-        for kind in TYPES:
-            factors = _former(config, model.memory[config.name][kind])
-            found[f"{kind}_former"] = with_base(lora.place(factors, plain))
+        found |= {name: with_base(base) for name, base in original_vismem.formers(model, config).items()}
     if (config := model.spec.comem) is not None and config.kernels:
         found[ENCODER] = with_base(comem.weights(config, model.base, model.memory[config.name]))
     return found
 
 
-def _former(config: VisMemConfig, tree: Any) -> dict[str, dict[str, Any]]:
-    """A former's factors by the paths of their kernels, as `lora.place` takes them."""
-    scale = jnp.full(config.depth, config.alpha / config.rank)
-    return {
-        f"layers/{group}/{kernel}": {**factors, "lora_scale": scale}
-        for group, kernels in tree["layers"].items()
-        for kernel, factors in kernels.items()
-    }
+def _own(model: Model) -> list[tuple[str, View]]:
+    """Names and tensors of the memory that are no adapter's."""
+    found: list[tuple[str, View]] = []
+    for memory in model.spec.memories:
+        tensors = write_tree(TORCH_TABLES[memory.name](memory, model.spec.backbone), model.memory[memory.name])
+        found += [(name.removeprefix(_OWN), tensor) for name, tensor in tensors if ".lora_" not in name]
+    return found
 
 
 def _write_control_tokens(folder: Path, model: Model, config: VisMemConfig) -> None:
@@ -103,17 +97,13 @@ def _write_control_tokens(folder: Path, model: Model, config: VisMemConfig) -> N
         ],
     )
     about = {"peft_type": "TRAINABLE_TOKENS", "task_type": "CAUSAL_LM", "inference_mode": True, "init_weights": True}
-    about |= {"token_indices": list(range(config.vocab, config.vocab + 4)), "base_model_name_or_path": _origin(model)}
+    about |= {"token_indices": list(range(config.vocab, config.vocab + 4)), "base_model_name_or_path": hf.origin(model)}
     write_json(folder / peft.CONFIG, about | {"target_modules": [modules[ours].rpartition(".")[2] for ours in rows]})
 
 
-def _origin(model: Model) -> str:
-    """The backbone's own name: no path of a machine."""
-    return model.folder.resolve().name
-
-
 def prove(model: Model, folder: Path) -> Proof:
-    """PEFT loads every adapter onto the backbone, which then says what it says here with the same factors."""
+    """PEFT loads every adapter onto the backbone, which then says what it says here with the same factors; the memory's
+    own tensors are read again and compared."""
     keys: dict[str, list[str]] = {key: [] for key in KEYS}
     asked: dict[str, dict[str, float]] = {}
     for name, adapted in adapters(model).items():
@@ -126,4 +116,8 @@ def prove(model: Model, folder: Path) -> Proof:
     if model.spec.vismem is not None:
         report = reload("jaxmem.export.reload", str(model.folder), "", str(folder / CONTROL_TOKENS))
         keys = {key: [*keys[key], *(f"{CONTROL_TOKENS}/{one}" for one in report[key])] for key in KEYS}
+    if model.spec.memories:
+        stored, own = open_file(folder / MEMORY), dict(_own(model))
+        equal = lambda name: name in stored and np.array_equal(stored[name].read(), own[name].read())  # noqa: E731
+        keys["changed"] = sorted({name for name in own if not equal(name)} | (stored.keys() - own.keys()))
     return Proof(keys, asked)

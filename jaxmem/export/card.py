@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import jaxmem
 from jaxmem.api import Model
+from jaxmem.export import hf
 from jaxmem.export.prove import Proof
 
 NAMES = {
@@ -46,7 +46,7 @@ def write(folder: Path, model: Model, relation: str, proof: Proof | None, use: s
     head = {
         "library_name": "peft" if relation == "adapter" else "transformers",
         "pipeline_tag": "image-text-to-text",
-        "base_model": _origin(model),
+        "base_model": hf.origin(model),
         "base_model_relation": relation,
         "tags": ["jaxmem", *(memory.name for memory in model.spec.memories), backbone],
     }
@@ -54,13 +54,6 @@ def write(folder: Path, model: Model, relation: str, proof: Proof | None, use: s
     lines += [f"# {backbone} with {memories}", "", f"Written by jaxmem {jaxmem.__version__}.", ""]
     lines += ["## Use", "", use.replace("FOLDER", '"path/to/this/folder"'), "", "## Proof", "", *_proof(proof), ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
-
-
-def _origin(model: Model) -> str:
-    """What the backbone calls itself, else its folder's name: no path of a machine."""
-    card = model.folder / "config.json"
-    named: dict[str, Any] = json.loads(card.read_text(encoding="utf-8"))
-    return str(named.get("_name_or_path") or model.folder.resolve().name)
 
 
 def _proof(proof: Proof | None) -> list[str]:

@@ -150,7 +150,7 @@ def main(
         print("not proven: it was not loaded in torch")
         return 0
     equal, of = found.tokens
-    print(f"torch: {', '.join(f'{len(names)} {kind}' for kind, names in found.keys.items())} tensors")
+    print(f"read again: {', '.join(f'{len(names)} {kind}' for kind, names in found.keys.items())} tensors")
     if found.prompts:
         print(f"torch: logits differ by at most {found.difference:.1e}, {equal} of {of} greedy tokens agree")
     return 0

@@ -151,6 +151,13 @@ def _config(model: Model, dtype: Any) -> dict[str, Any]:
     }
 
 
+def origin(model: Model, folder: Path | None = None) -> str:
+    """What a backbone calls itself on the Hub, else its folder's name; never a path of a machine."""
+    folder = folder or model.folder
+    named = str(huggingface.read_config(folder).get("_name_or_path") or "")
+    return named if re.fullmatch(r"[\w.-]+/[\w.-]+", named) else folder.resolve().name
+
+
 def number_format(model: Model, dtype: Any) -> dict[str, str]:
     """What config.json says of the numbers."""
     return {"dtype": jnp.dtype(model.base["embed"].dtype if dtype is None else dtype).name}
@@ -167,8 +174,9 @@ def write_beside(model: Model, folder: Path) -> None:
         for file in sorted(model.folder.glob(pattern)):
             if file.is_file():
                 shutil.copy(file, folder)
-    if (settings := folder / "preprocessor_config.json").is_file():
-        named = {"processor_class": f"{FAMILIES[model.spec.backbone.model_type]}Processor"}
+    family, settings = FAMILIES.get(model.spec.backbone.model_type), folder / "preprocessor_config.json"
+    if family and settings.is_file():
+        named = {"processor_class": f"{family}Processor"}
         write_json(settings, named | read_json(settings))  # the model type, which is the folder's own, says nothing
     if llava.needs_own(model.spec.backbone, model.spec.memories):
         llava.write_processor(folder, model.spec.backbone.model_type)

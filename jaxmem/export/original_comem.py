@@ -52,7 +52,7 @@ def write(model: Model, folder: Path, *, dtype: Any = None, max_shard_size: int 
     if config.kernels:
         table = comem_names.encoder(config, backbone, PEFT)
         write_file(folder / peft.WEIGHTS, hf.cast(write_tree(table, {"encoder": params["encoder"]}), dtype))
-        origin = (model.encoder_folder or model.folder).resolve().name
+        origin = hf.origin(model, model.encoder_folder)
         write_json(folder / peft.CONFIG, _settings(config, table) | {"base_model_name_or_path": origin})
     own = write_tree(comem_names.q_former(config.q_former), {"q_former": params["q_former"]})
     write_file(folder / layout.Q_FORMER, hf.cast(own, dtype))

@@ -19,7 +19,7 @@ from jaxmem.adapters import lora
 from jaxmem.api import Model
 from jaxmem.backbones import registry
 from jaxmem.backbones.config import BackboneConfig
-from jaxmem.checkpoints import huggingface, peft
+from jaxmem.checkpoints import peft
 from jaxmem.checkpoints.huggingface import BACKBONE_TABLES, SHARD_SIZE, load_tree
 from jaxmem.checkpoints.identity import memory_identity
 from jaxmem.checkpoints.table import View
@@ -32,7 +32,7 @@ from jaxmem.export import vismem_layout as layout
 from jaxmem.export.pickles import PICKLES, open_pickle
 from jaxmem.export.vismem_layout import BASE, STYLES
 from jaxmem.memory import vismem
-from jaxmem.memory.vismem import TYPES, VisMemConfig
+from jaxmem.memory.vismem import VisMemConfig
 
 MAIN, SLIM, SETTINGS = "main.pt", "vismem.safetensors", "vismem.json"
 _STATE = "vismem_state"
@@ -74,8 +74,8 @@ def write(
     del state
     write_file(folder / SLIM, hf.cast(layout.slim(config, backbone, params, style).items(), dtype))
     write_json(folder / SETTINGS, memory_identity(config))
-    for kind in TYPES:
-        _write_adapter(folder / ADAPTERS[kind], model, config, kind)
+    for name, base in formers(model, config).items():
+        peft.save_adapter(folder / name, base, backbone, hf.origin(model))
     with_control_tokens(model.processor.tokenizer).save_pretrained(str(folder))
 
 
@@ -129,17 +129,22 @@ def _yaml(config: VisMemConfig) -> dict[str, Any]:
     }
 
 
-def _write_adapter(folder: Path, model: Model, config: VisMemConfig, kind: str) -> None:
-    """The adapter of one memory type, which acts in the decoder and never in the vision tower."""
+def formers(model: Model, config: VisMemConfig) -> dict[str, Any]:
+    """By the folder of its adapter: the backbone's weights with the factors of one memory type beside them."""
+    plain = lora.strip(model.base)
+    return {
+        name: lora.place(_factors(config, model.memory[config.name][kind]), plain) for kind, name in ADAPTERS.items()
+    }
+
+
+def _factors(config: VisMemConfig, tree: Any) -> dict[str, dict[str, Any]]:
+    """A former's factors by the paths of their kernels, as `lora.place` takes them."""
     scale = jnp.full(config.depth, config.alpha / config.rank, jnp.float32)
-    factors = {
+    return {
         f"layers/{group}/{kernel}": {**leaves, "lora_scale": scale}
-        for group, kernels in model.memory[config.name][kind]["layers"].items()
+        for group, kernels in tree["layers"].items()
         for kernel, leaves in kernels.items()
     }
-    origin = str(huggingface.read_config(model.folder).get("_name_or_path") or model.folder.resolve().name)
-    peft.save_adapter(folder, lora.place(factors, model.base), model.spec.backbone, origin)
-    write_json(folder / peft.CONFIG, read_json(folder / peft.CONFIG) | {"exclude_modules": r".*\bvisual\..*"})
 
 
 def read(

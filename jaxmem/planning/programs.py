@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxmem import api
 from jaxmem.adapters import lora
 from jaxmem.backbones import registry
 from jaxmem.backbones.batch import Batch
 from jaxmem.config import build
-from jaxmem.distributed.mesh import activation_sharding, batch_shardings, shardings
+from jaxmem.distributed.mesh import activation_sharding, batch_shardings, check_heads, shardings
 from jaxmem.memory.vismem import TYPES
 from jaxmem.model import Spec, init_memory
 from jaxmem.planning import needed
@@ -73,7 +72,7 @@ def programs(config: TrainConfig, mesh: Mesh, shape: Shape | None = None) -> lis
       ConfigError: the mesh does not divide the heads, or a pattern of `trainable` matches nothing.
     """
     backbone = backbone_of(config)
-    api.check_heads(backbone, mesh)
+    check_heads(backbone.text, mesh)
     run = _Run(config, spec_of(config, backbone), mesh, shape or Shape.longest(config))
     if config.grpo is None:
         return [run.train_step()]
