@@ -20,7 +20,7 @@ from jaxmem.checkpoints.huggingface import load_backbone
 from jaxmem.checkpoints.table import view
 from jaxmem.distributed.mesh import make_mesh
 from jaxmem.errors import CheckpointError, ConfigError
-from jaxmem.export import cli, hf, prove
+from jaxmem.export import adapters, cli, hf, prove
 from tests.llava_folder import write_decoder
 
 pytest.importorskip("torch")
@@ -187,7 +187,7 @@ def test_adapters_of_the_model_are_proven_by_peft(model: Any, tmp_path: Path) ->
         and proof.tokens == (80, 80)
         and set(proof.prompts) == {f"{name}/adapter" for name in ("text", "wide", "several", "long")}
     )
-    assert (tmp_path / "out" / "memory.safetensors").is_file()
+    assert proof.keys["changed"] == []
     back, used = jaxmem.load(dtype="float32").restore_lora(tmp_path / "out"), np.array([0, 2])
     written, wanted = (
         jax.tree.map(lambda leaf: leaf[used], lora.factors(some.base)) for some in (back, with_factors(model))
@@ -225,3 +225,11 @@ def test_every_memory_is_proven_in_every_format(name: str, to: str, tokens: int,
     if to == "hf":
         back = jaxmem.load(tmp_path / "out")
         assert back.spec == model.spec and same(back.base, model.base) and same(back.memory, model.memory)
+
+
+def test_a_memory_beside_no_adapter_is_read_again(model: Any, tmp_path: Path) -> None:
+    proof = model.export(tmp_path / "out", "peft")
+    assert proof.prompts == {} and proof.keys["changed"] == []
+    flipped = jax.tree.map(lambda leaf: -leaf, model.memory)
+    wrong = adapters.prove(dataclasses.replace(model, memory=flipped), tmp_path / "out")
+    assert len(wrong.keys["changed"]) == 30 and "30 changed tensors" in wrong.faults[0]

@@ -64,7 +64,7 @@ def load(folder: Any) -> Any:
     auto = transformers.AutoModelForImageTextToText
     model, found = auto.from_pretrained(folder, trust_remote_code=True, output_loading_info=True, dtype=torch.float32)
     odd = set().union(*(found[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")))
-    assert not {name for name in odd if "vision_tower.post_layernorm" not in name}  # of pooling, which nothing reads
+    assert not odd
     return model.eval()
 
 
