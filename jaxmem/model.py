@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmem.backbones import decoder
-from jaxmem.backbones.batch import Array, Batch, rows_at
+from jaxmem.backbones.batch import Array, Batch, rows_at, shown_rows
 from jaxmem.backbones.decoder import KeysValues, Observe, Remat, Stream
 from jaxmem.backbones.layers import Look, rms_normalise
 from jaxmem.backbones.ports import Ports, by_slot
@@ -75,7 +75,7 @@ def read_prompt(
     stream, own = decoder.stream_of(batch, start), lib.own_ports(visual, batch)
     for config in spec.looking:
         own = own + memory_module(config.name).prompt_ports(config, _own(memory, config), base, visual, batch)
-    rows = None if visual is None else visual.rows
+    rows = None if visual is None else shown_rows(visual.rows, batch)
     states = {
         c.name: memory_module(c.name).prepare(c, _own(memory, c), rows, jnp.asarray(batch.visual_rows), stream)
         for c in spec.memories

@@ -96,6 +96,15 @@ def visual_at(rows: Array, batch: Batch) -> Array:
     return sum(weights[:, tap, :, None] * rows_at(rows, taps[:, tap]) for tap in range(taps.shape[1]))
 
 
+def shown_rows(rows: Array, batch: Batch) -> Array:
+    """[B, M, D] -> [B, M, D]: every row that a token stands for as that token shows it, blended with its neighbours
+    where a grid was scaled down."""
+    if batch.visual_taps is None:
+        return rows
+    at = jnp.where(batch.is_visual, batch.visual_rows, rows.shape[1])
+    return rows.at[jnp.arange(len(at))[:, None], at].set(visual_at(rows, batch), mode="drop")
+
+
 def text_batch(tokens: Array, lengths: Array | None = None, patch_dim: int = 0) -> Batch:
     """A batch of plain text, right-padded.
 

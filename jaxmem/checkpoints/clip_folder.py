@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import safetensors
 
 from jaxmem.backbones import clip
 from jaxmem.backbones.clip_config import ClipConfig, config_from_hf
 from jaxmem.checkpoints import weights
 from jaxmem.checkpoints.clip_names import VISION, table
 from jaxmem.checkpoints.huggingface import load_tree
-from jaxmem.checkpoints.table import View
 from jaxmem.errors import CheckpointError, ConfigError
 
-_COUNTERS = "position_ids"  # 0, 1, 2, ... as integers, in files of early releases
+_COUNTERS = r"position_ids$"  # 0, 1, 2, ... as integers, in files of early releases
 
 
 def load(folder: str | Path, *, dtype: Any = None, sharding: Any = None) -> tuple[ClipConfig, Any]:
@@ -41,20 +37,7 @@ def load(folder: str | Path, *, dtype: Any = None, sharding: Any = None) -> tupl
         config = config_from_hf(weights.read_json(folder / "config.json"))
     except ConfigError as error:
         raise ConfigError(f"{folder}: {error}") from None
-    tensors = _open(folder)
+    tensors = weights.open_weights(folder, ignore=_COUNTERS)
     bare = config.text is None and not any(name.startswith(VISION) for name in tensors)
     rules = table(config, "" if bare else VISION)
     return config, load_tree(folder, tensors, rules, clip.shapes(config), dtype=dtype, sharding=sharding)
-
-
-def _open(folder: Path) -> Mapping[str, View]:
-    """`open_weights` without the counters of early releases, whose integers it refuses."""
-    try:
-        file = safetensors.safe_open(folder / weights.SINGLE, framework="numpy")
-        parts = {name: file.get_slice(name) for name in file.keys()}
-    except (safetensors.SafetensorError, OSError):
-        return weights.open_weights(folder)  # which says what is wrong, or opens shards
-    kinds = {name: part.get_dtype() for name, part in parts.items() if not name.endswith(_COUNTERS)}
-    if len(kinds) == len(parts) or not set(kinds.values()) <= set(weights.DTYPES):
-        return weights.open_weights(folder)
-    return {name: weights._file_view(file, name, parts[name], kind) for name, kind in kinds.items()}

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -21,6 +24,8 @@ import numpy as np
 from jaxmem.distributed import hosts
 
 Box = tuple[slice, ...]  # one slice per axis, with start and stop
+_THREADS, _PIECE = 8, 1 << 24  # at most so many threads fill an array, each so many bytes at a time
+_ALIGNMENT = 64  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +35,7 @@ class View:
     Attributes:
       shape: of the whole tensor.
       dtype: of what `read` returns.
-      box: reads the part that a Box names, as a numpy array.
+      box: the part that a Box names as a numpy array, which may lie in a mapped file or have its axes swapped.
     """
 
     shape: tuple[int, ...]
@@ -38,10 +43,15 @@ class View:
     box: Callable[[Box], np.ndarray]
 
     def read(self, index: Iterable[slice] | None = None) -> np.ndarray:
-        """The tensor, or the box that `index` (one slice per axis, step 1) names."""
+        """The tensor, or the box that `index` (one slice per axis, step 1) names: in memory, row behind row."""
         index = (slice(None),) * len(self.shape) if index is None else index
         bounds = (part.indices(size) for part, size in zip(index, self.shape, strict=True))
-        return self.box(tuple(slice(start, stop) for start, stop, _ in bounds))
+        block = np.asanyarray(self.box(tuple(slice(start, stop) for start, stop, _ in bounds)))
+        if type(block) is np.ndarray and block.flags.c_contiguous:
+            return block
+        out = _empty(block.shape, block.dtype)
+        _in_threads(_copy, *_pieces(out, block))
+        return out
 
     def cast(self, dtype: Any) -> View:
         """The same tensor, converted to `dtype` while it is read (to the nearest, ties to even)."""
@@ -75,19 +85,11 @@ class Transpose:
         *rest, rows, columns = source.shape
 
         def box(index: Box) -> np.ndarray:
-            return _transposed(source.box((*index[:-2], index[-1], index[-2])))
+            return source.box((*index[:-2], index[-1], index[-2])).swapaxes(-1, -2)
 
         return View((*rest, columns, rows), source.dtype, box)
 
     write = read
-
-
-def _transposed(block: np.ndarray, rows: int = 128) -> np.ndarray:
-    """The block with its last two axes swapped, in their memory order too; a few rows at a time stay in the cache."""
-    swapped = np.empty((*block.shape[:-2], block.shape[-1], block.shape[-2]), block.dtype)
-    for start in range(0, block.shape[-2], rows):
-        swapped[..., start : start + rows] = block[..., start : start + rows, :].swapaxes(-1, -2)
-    return swapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,18 +120,57 @@ def _regroup(source: View, count: int, tail: tuple[int, ...]) -> View:
     return View((*source.shape[:head], *tail), source.dtype, box)
 
 
-def _stack(parts: list[View]) -> View:
-    """Equal tensors along a new leading axis, read one by one into one buffer."""
-    dtype = functools.reduce(jnp.promote_types, [part.dtype for part in parts])
+def _stack(parts: list[View], lengths: tuple[int, ...]) -> View:
+    """Equal tensors along new leading axes of these lengths; threads read them, each into its place in one buffer."""
+    dtype, rest = functools.reduce(jnp.promote_types, [part.dtype for part in parts]), parts[0].shape
+    places, axes = np.arange(len(parts)).reshape(lengths), len(lengths)
 
     def box(index: Box) -> np.ndarray:
-        chosen = parts[index[0]]
-        block = np.empty((len(chosen), *(part.stop - part.start for part in index[1:])), dtype)
-        for slot, part in enumerate(chosen):
-            block[slot] = part.box(index[1:])
+        chosen, index = places[index[:axes]], index[axes:]
+        block = _empty((*chosen.shape, *(part.stop - part.start for part in index)), dtype)
+        slots = block.reshape(-1, *block.shape[axes:])
+
+        def fill(slot: int, place: int) -> None:
+            _copy(slots[slot, ...], parts[place].box(index))
+
+        _in_threads(fill, range(len(slots)), chosen.flat)
         return block
 
-    return View((len(parts), *parts[0].shape), dtype, box)
+    return View((*lengths, *rest), dtype, box)
+
+
+def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """A new array at an address that jax on a CPU takes as it is; elsewhere in memory it would copy it once more."""
+    count = math.prod(shape) * jnp.dtype(dtype).itemsize
+    room = np.empty(count + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    return room[start : start + count].view(dtype).reshape(shape)
+
+
+def _in_threads(work: Callable[..., None], *arguments: Iterable[Any]) -> None:
+    """Calls a function with one of each argument's items after the other; numpy copies without python's lock."""
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
+        list(threads.map(work, *arguments))
+
+
+def _outer(block: np.ndarray) -> int:
+    """The axis, of the first and the last, whose entries lie farther apart in memory."""
+    return -1 if block.ndim > 1 and block.strides[-1] > block.strides[-2] else 0
+
+
+def _pieces(*arrays: np.ndarray) -> list[list[np.ndarray]]:
+    """Arrays of one shape, each cut at the same places along the rows of the last one."""
+    source = arrays[-1]
+    parts = math.ceil(source.nbytes / _PIECE) if source.ndim else 1
+    return [np.array_split(array, parts, _outer(source)) if parts > 1 else [array] for array in arrays]
+
+
+def _copy(out: np.ndarray, block: np.ndarray, rows: int = 256) -> None:
+    """Fills an array; from swapped axes a few rows of the source at a time, which stay in the cache."""
+    if _outer(block) == 0:
+        return np.copyto(out, block)
+    for start in range(0, block.shape[-1], rows):
+        np.copyto(out[..., start : start + rows], block[..., start : start + rows])
 
 
 def _row(source: View, slot: int) -> View:
@@ -156,15 +197,12 @@ class Rule:
     def read(self, tensors: Mapping[str, View]) -> View:
         """Our leaf from their tensors. Raises KeyError with the first name that `tensors` lacks."""
 
-        def gather(stack: tuple, bound: dict[str, int]) -> View:
-            if stack:
-                (name, values), *rest = stack
-                return _stack([gather(tuple(rest), bound | {name: value}) for value in values])
-            return functools.reduce(
-                lambda source, step: step.read(source), self.operations, tensors[self.theirs.format(**bound)]
-            )
-
-        return gather(self.stack, {})
+        names, values = zip(*self.stack, strict=True) if self.stack else ((), ())
+        parts = []
+        for bound in itertools.product(*values):
+            source = tensors[self.theirs.format(**dict(zip(names, bound, strict=True)))]
+            parts.append(functools.reduce(lambda source, step: step.read(source), self.operations, source))
+        return _stack(parts, tuple(map(len, values))) if self.stack else parts[0]
 
     def write(self, leaf: View) -> Iterator[tuple[str, View]]:
         """Their names and tensors from our leaf."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from jaxmem.checkpoints.table import Box, View, size
+from jaxmem.checkpoints.table import View, size
 from jaxmem.distributed import hosts
 from jaxmem.errors import CheckpointError
 
 SINGLE, INDEX, SHARDS = "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"
 DTYPES = {"F32": jnp.dtype("float32"), "F16": jnp.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
+_LENGTH = 8  # bytes at the start of a safetensors file, which say how long its header is
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -34,8 +36,12 @@ def report(where: Any, groups: Mapping[str, Sequence[str]], advice: str, limit: 
         raise CheckpointError("\n".join([f"{where}: cannot be used", *lines, advice]))
 
 
-def open_weights(folder: str | Path) -> dict[str, View]:
+def open_weights(folder: str | Path, ignore: str | None = None) -> dict[str, View]:
     """Name to View of every tensor in a folder's `model.safetensors`, else in the shards of its index.
+
+    Args:
+      folder: of a checkpoint.
+      ignore: regular expression; tensors whose names match anywhere are left out, whatever their type.
 
     Raises:
       CheckpointError: no weights, or only pickled ones; an unreadable or missing shard; a tensor that is not where
@@ -43,7 +49,7 @@ def open_weights(folder: str | Path) -> dict[str, View]:
     """
     folder = Path(folder)
     if (folder / SINGLE).is_file():
-        return open_file(folder / SINGLE)
+        return open_file(folder / SINGLE, ignore)
     if not (folder / INDEX).is_file():
         raise CheckpointError(_no_weights(folder))
     places: dict[str, str] = read_json(folder / INDEX).get("weight_map") or {}
@@ -56,11 +62,17 @@ def open_weights(folder: str | Path) -> dict[str, View]:
         },
         "Download the folder again.",
     )
-    files = {shard: open_file(folder / shard) for shard in shards}
+    files = {shard: open_file(folder / shard, ignore) for shard in shards}
+    places = {name: shard for name, shard in places.items() if not _matches(ignore, name)}
     absent = [f"{name} (in {shard})" for name, shard in places.items() if name not in files[shard]]
     report(folder, {f"tensors that {INDEX} seeks in the wrong shard": absent}, "Do index and shards belong together?")
     unlisted = {name: tensor for file in files.values() for name, tensor in file.items() if name not in places}
     return {name: files[shard][name] for name, shard in places.items()} | unlisted
+
+
+def _matches(pattern: str | None, name: str) -> bool:
+    """Does a name match anywhere?"""
+    return pattern is not None and re.search(pattern, name) is not None
 
 
 def _no_weights(folder: Path) -> str:
@@ -79,26 +91,29 @@ def _no_weights(folder: Path) -> str:
     return f"{folder}: no weights; expected {SINGLE} or {INDEX}"
 
 
-def open_file(path: Path) -> dict[str, View]:
-    """Name to View of every tensor in one safetensors file. Raises CheckpointError naming the file."""
+def open_file(path: Path, ignore: str | None = None) -> dict[str, View]:
+    """Name to View of every tensor in one safetensors file, but those that `ignore` names, as in `open_weights`.
+
+    Raises CheckpointError naming the file.
+    """
     try:
-        file = safetensors.safe_open(path, framework="numpy")
-        slices = {name: file.get_slice(name) for name in file.keys()}
+        with safetensors.safe_open(path, framework="numpy"):  # checks the header, and that tensors fill the file
+            content = np.memmap(path, np.uint8, mode="r")
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: truncated, corrupt or not a safetensors file ({error})") from error
-    types = {name: part.get_dtype() for name, part in slices.items()}
-    odd = [f"{name} ({kind})" for name, kind in types.items() if kind not in DTYPES]
+    start = _LENGTH + int.from_bytes(content[:_LENGTH].tobytes(), "little")
+    header = json.loads(content[_LENGTH:start].tobytes())
+    about = {name: entry for name, entry in header.items() if name != "__metadata__" and not _matches(ignore, name)}
+    odd = [f"{name} ({entry['dtype']})" for name, entry in about.items() if entry["dtype"] not in DTYPES]
     report(path, {"tensors of an unsupported type": odd}, f"Supported: {', '.join(DTYPES)}; dequantise first.")
-    return {name: _file_view(file, name, part, types[name]) for name, part in slices.items()}
+    return {name: _file_view(content[start:], entry) for name, entry in about.items()}
 
 
-def _file_view(file: Any, name: str, part: Any, kind: str) -> View:
-    """One tensor of an open file; only the box that is asked for is read."""
-
-    def box(index: Box) -> np.ndarray:
-        return part[index] if index else file.get_tensor(name)
-
-    return View(tuple(part.get_shape()), DTYPES[kind], box)
+def _file_view(content: np.ndarray, entry: Mapping[str, Any]) -> View:
+    """A tensor in a mapped file, by its entry in the header; only the box that is asked for is ever read."""
+    begin, end = entry["data_offsets"]
+    tensor = content[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return View(tensor.shape, tensor.dtype, lambda box: tensor[box])
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmem.checkpoints import table
 from jaxmem.checkpoints.table import (
     Reshape,
     Rule,
@@ -18,6 +19,7 @@ from jaxmem.checkpoints.table import (
     view,
     write_tree,
 )
+from jaxmem.checkpoints.weights import open_file, write_file
 
 CASES = {
     "plain": ((5, 3), ()),
@@ -94,6 +96,38 @@ def test_a_box_reads_only_what_it_needs():
     assert [taken for _, taken in sources.values()] == [[], [10], [10], []]
 
 
+@pytest.mark.parametrize("piece", [1 << 24, 10_000])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(700, 130), (3, 130, 700), (2, 300, 513)])
+def test_arrays_larger_than_a_piece_are_copied_whole(monkeypatch, shape, dtype, piece):
+    monkeypatch.setattr(table, "_PIECE", piece)
+    array = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    swapped = Transpose().read(view(array)).read()
+    assert swapped.flags.c_contiguous
+    np.testing.assert_array_equal(swapped, np.swapaxes(array, -1, -2))
+    every_other = view(array[..., ::2]).read()
+    assert every_other.flags.c_contiguous
+    np.testing.assert_array_equal(every_other, array[..., ::2])
+
+
+def test_files_are_left_alone_once_read(tmp_path):
+    path, stack = tmp_path / "a.safetensors", (("i", (0, 1)),)
+    arrays = {"t.0": np.ones((6, 5), np.float32), "t.1": np.full((6, 5), 2, np.float32), "u": np.ones(3, np.float32)}
+    write_file(path, [(name, view(array)) for name, array in arrays.items()])
+    tensors = open_file(path)
+    read = [rule.read(tensors).read() for rule in (Rule("a", "t.{i}", (Transpose(),), stack), Rule("b", "u"))]
+    path.write_bytes(bytes(path.stat().st_size))  # the same file, emptied: the maps see it
+    assert tensors["u"].read().tolist() == [0, 0, 0]
+    np.testing.assert_array_equal(read[0], np.stack([np.ones((5, 6)), np.full((5, 6), 2)]))
+    assert read[1].tolist() == [1, 1, 1]
+
+
+def test_jax_on_a_cpu_takes_what_was_read_as_it_is(tmp_path):
+    write_file(tmp_path / "a.safetensors", [("t", view(np.ones((64, 48), np.float32)))])
+    read = Transpose().read(open_file(tmp_path / "a.safetensors")["t"]).read()
+    assert jax.device_put(read).unsafe_buffer_pointer() == read.ctypes.data
+
+
 def test_cast_rounds_to_nearest_even():
     source = view(np.array([1 + 2**-8, 1 + 3 * 2**-8, 3.0e38], np.float32)).cast("bfloat16")
     assert source.dtype == jnp.bfloat16
@@ -110,13 +144,13 @@ def test_sharded_leaf_writes_like_a_whole_one():
 
 
 def test_expected_reads_nothing_and_disagreements_are_named():
-    table = (Rule("a/kernel", "t.{i}", (Transpose(),), (("i", (0, 1)),)), Rule("b", "u"))
+    rules = (Rule("a/kernel", "t.{i}", (Transpose(),), (("i", (0, 1)),)), Rule("b", "u"))
     shapes = {"a": {"kernel": jax.ShapeDtypeStruct((2, 3, 4), "float32")}, "b": jax.ShapeDtypeStruct((5,), "float32")}
-    assert expected(table, shapes) == {"t.0": (4, 3), "t.1": (4, 3), "u": (5,)}
+    assert expected(rules, shapes) == {"t.0": (4, 3), "t.1": (4, 3), "u": (5,)}
     with pytest.raises(ValueError, match="differ at b, c"):
-        list(write_tree(table, {"a": shapes["a"], "c": shapes["b"]}))
+        list(write_tree(rules, {"a": shapes["a"], "c": shapes["b"]}))
     with pytest.raises(ValueError, match=r"a/kernel: shape \(3, 3, 4\), but its rule stacks 2"):
-        list(write_tree(table, {"a": {"kernel": jax.ShapeDtypeStruct((3, 3, 4), "float32")}, "b": shapes["b"]}))
+        list(write_tree(rules, {"a": {"kernel": jax.ShapeDtypeStruct((3, 3, 4), "float32")}, "b": shapes["b"]}))
 
 
 def test_flatten_and_unflatten():

@@ -139,6 +139,8 @@ def test_packed_features_equal_llava_onevision(k, cells):
     for layout, tiles, image in zip(layouts, features, want, strict=True):
         found = packed(layout, tiles, newline)
         assert found.shape == image.shape
+        shown = layout.rows[layout.rows != NEWLINE]
+        assert len(set(shown.tolist())) == len(shown)  # no row stands for two tokens
         worst = max(worst, float(np.abs(found - image).max()))
     print(f"anyres_max_{k}, {cells} cells: {sum(scaled)} of {len(sizes)} scaled, largest difference {worst:.1e}")
     assert worst <= 1e-5

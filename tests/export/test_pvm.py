@@ -129,8 +129,12 @@ def behind(batch: Any, tokens: np.ndarray) -> Any:
     count, last = tokens.shape[1], jax.tree.map(np.asarray, batch)
     grown = lambda x, value: np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, count)], constant_values=value)  # noqa: E731
     after = last.positions.max((1, 2))[:, None, None] + 1 + np.arange(count)
+    taps = {}
+    if last.visual_taps is not None:
+        taps = {"visual_taps": grown(last.visual_taps, 0), "visual_weights": grown(last.visual_weights, 0)}
     return dataclasses.replace(
         last,
+        **taps,
         tokens=np.concatenate([last.tokens, tokens], 1),
         positions=np.concatenate([last.positions, np.broadcast_to(after, (len(tokens), 3, count))], 2),
         segments=grown(last.segments, 1),
@@ -286,14 +290,15 @@ def test_continuations_of_a_repeated_cache_look_at_its_images(qwen3: Pair) -> No
 
 def test_rows_of_a_map_that_was_scaled_down_are_what_its_tokens_show(tmp_path: Any) -> None:
     pair = exported("llava_onevision", "pvm", tmp_path)
-    large = [[picture(331, 173, 4)]]
+    large = [[picture(331, 173, 4)], [picture(90, 24, 3), picture(96, 64, 1)]]
+    assert_same(pair, large)
     _, batch = pair.batch(large)
+    torch_logits(pair.theirs, pair.inputs(large))
     assert batch.visual_taps is not None
     seen = llava.see(pair.ours.spec.backbone, pair.ours.base, batch)
     shown = np.asarray(visual_at(seen.rows, batch))[0]
     rows = np.asarray(batch.visual_rows)[0]
     chosen = [at for at in range(len(rows)) if rows[at] > 0 or (rows[at] == 0 and at == np.flatnonzero(rows == 0)[-1])]
-    torch_logits(pair.theirs, pair.inputs(large))
     reading = pair.theirs.model.language_model.layers[0].pvm_block.reading
     np.testing.assert_array_equal(reading.memory.place[0].numpy(), chosen)
     np.testing.assert_allclose(reading.rows[0].numpy(), shown[chosen], atol=1e-5)
