@@ -223,6 +223,12 @@ def test_without_memory_the_model_is_the_backbone_to_the_bit(pair: Pair) -> None
         pair.theirs.use_memory = True
 
 
+def test_import_gives_every_tensor_back(pair: Pair) -> None:
+    back = jaxmem.load(pair.ours.folder.parent / "out")
+    assert back.spec == pair.ours.spec
+    jax.tree.map(np.testing.assert_array_equal, (back.base, back.memory), (pair.ours.base, pair.ours.memory))
+
+
 def test_our_own_decoding_gives_the_same_answers(qwen3: Pair) -> None:
     vectors = encoded(qwen3)
     known = [vectors[list(row)] for row in ROWS]

@@ -180,6 +180,12 @@ def test_without_its_memory_the_model_is_the_backbone_to_the_bit(pair: Pair) -> 
     np.testing.assert_allclose(with_memory[1], bare[1], atol=1e-5)  # a row of text among rows with images
 
 
+def test_import_gives_every_tensor_back(pair: Pair) -> None:
+    back = jaxmem.load(pair.ours.folder.parent / "out")
+    assert back.spec == pair.ours.spec
+    jax.tree.map(np.testing.assert_array_equal, (back.base, back.memory), (pair.ours.base, pair.ours.memory))
+
+
 def test_several_answers_to_a_prompt_share_its_images(pair: Pair) -> None:
     inputs = pair.inputs(PICTURES)
     single = generate(pair.theirs, pair, inputs)

@@ -100,8 +100,10 @@ def test_generating_here_and_there_gives_the_same_tokens(exported: Any) -> None:
     assert w.greedy(theirs, asked, ours.spec.backbone.media_tokens) == w.answers(ours, asked)
 
 
-def test_tensors_come_back_bit_for_bit(exported: Any) -> None:
-    ours, theirs, folder = exported("llava_next", preset="vr_v2")
+@pytest.mark.parametrize("preset", ["vr_v1", "vr_v2"])
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_tensors_come_back_bit_for_bit(exported: Any, name: str, preset: str) -> None:
+    ours, theirs, folder = exported(name, preset=preset)
     back = jaxmem.load(folder)
     assert back.spec == ours.spec
     equal = lambda one, two: one.dtype == two.dtype and bool((one == two).all())  # noqa: E731

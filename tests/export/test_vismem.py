@@ -68,7 +68,7 @@ def load(folder: Any) -> Any:
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=(*QWEN, "llava_next"))
+@pytest.fixture(scope="module", params=(*QWEN, "llava_next", "llava_onevision"))
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return exported(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -164,6 +164,9 @@ def test_the_backbone_s_tables_are_untouched_and_import_gives_the_memory_back(pa
     folder = ours.folder.parent / "out"
     back = load_memory(folder, config, ours.spec.backbone, shapes)
     jax.tree.map(np.testing.assert_array_equal, back, ours.memory["vismem"])
+    whole = jaxmem.load(folder)
+    assert whole.spec == ours.spec
+    jax.tree.map(np.testing.assert_array_equal, (whole.base, whole.memory), (ours.base, ours.memory))
 
 
 VARIANTS = {
