@@ -6,6 +6,7 @@ That code saves `main.pt`: a pickle of {"vismem_state": a state dict of memory a
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxmem.adapters import lora
 from jaxmem.api import Model
@@ -24,7 +24,7 @@ from jaxmem.checkpoints.huggingface import BACKBONE_TABLES, SHARD_SIZE, load_tre
 from jaxmem.checkpoints.identity import memory_identity
 from jaxmem.checkpoints.table import View
 from jaxmem.checkpoints.vismem_names import ADAPTERS, parted
-from jaxmem.checkpoints.weights import open_file, read_json, report, write_file, write_json
+from jaxmem.checkpoints.weights import SINGLE, open_file, read_json, report, write_file, write_json
 from jaxmem.data.control import with_control_tokens
 from jaxmem.errors import CheckpointError, ConfigError
 from jaxmem.export import hf
@@ -52,7 +52,7 @@ def write(
 
     These are `main.pt`; `vismem.safetensors`, and its settings in `vismem.json`; PEFT's folders `short_former` and
     `long_former`; and the tokenizer with the control tokens. In `main.pt` the control tokens' rows have the number
-    format of the backbone, of which one copy is in memory while the file is written.
+    format of the backbone. While it is written, its tensors also lie in a file beside it, from which torch maps them.
 
     Args:
       model: a Qwen-VL with a VisMem and without LoRA factors of its own.
@@ -64,14 +64,17 @@ def write(
     Raises:
       ConfigError: another backbone or memory, settings without a place in this layout, or no torch.
     """
-    config, torch = _check(model, prefix_style), _torch()
+    config, (torch, load_file) = _check(model, prefix_style), _torch()
     backbone, params, style = model.spec.backbone, model.memory[config.name], STYLES[prefix_style]
     whole = layout.once(config, backbone, model.base, params, style)
-    state = {name: _tensor(torch, view) for name, view in hf.cast(whole.items(), dtype)}
-    if config.tied:
-        state[f"{BASE}{style.head}"] = state[f"{BASE}{style.text}.embed_tokens.weight"]
-    torch.save({_STATE: layout.twice(state), "config": _yaml(config)}, folder / MAIN)
-    del state
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        write_file(Path(aside) / SINGLE, hf.cast(whole.items(), dtype))
+        mapped = load_file(Path(aside) / SINGLE)
+        state = {name: mapped[name] for name in whole}
+        if config.tied:
+            state[f"{BASE}{style.head}"] = state[f"{BASE}{style.text}.embed_tokens.weight"]
+        torch.save({_STATE: layout.twice(state), "config": _yaml(config)}, folder / MAIN)
+        del mapped, state
     write_file(folder / SLIM, hf.cast(layout.slim(config, backbone, params, style).items(), dtype))
     write_json(folder / SETTINGS, memory_identity(config))
     for name, base in formers(model, config).items():
@@ -97,21 +100,14 @@ def _check(model: Model, prefix_style: str) -> VisMemConfig:
     return config
 
 
-def _torch() -> Any:
-    """The module, which alone writes its format."""
+def _torch() -> tuple[Any, Any]:
+    """The module, which alone writes its format, and what maps a file of safetensors for it."""
     try:
         import torch
+        from safetensors.torch import load_file
     except ImportError as error:
         raise ConfigError("export --to=original: main.pt is written by torch; pip install 'jaxmem[torch]'") from error
-    return torch
-
-
-def _tensor(torch: Any, view: View) -> Any:
-    """A torch tensor; numpy hands no bfloat16 to torch, but its bits."""
-    array = np.array(view.read(), order="C")  # a copy, which torch may own
-    if array.dtype == jnp.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    return torch, load_file
 
 
 def _yaml(config: VisMemConfig) -> dict[str, Any]:

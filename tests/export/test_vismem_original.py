@@ -132,6 +132,9 @@ def test_check_45_torch_to_jax_to_torch_is_the_identity(world: World, style: str
     original_vismem.write(model, tmp_path, prefix_style=style)
     found = torch.load(tmp_path / "main.pt", weights_only=True)["vismem_state"]
     assert found.keys() == wanted.keys()
+    once = sum(tensor.nbytes for name, tensor in found.items() if not name.startswith(ALIAS))
+    assert (tmp_path / "main.pt").stat().st_size < 1.5 * once  # no tensor brings along the file it was mapped from
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("tmp")]
     for name, tensor in wanted.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
     for name in (name for name in found if name.startswith(ALIAS)):
