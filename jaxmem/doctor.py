@@ -136,6 +136,8 @@ def problems(found: Mapping[str, Any]) -> list[str]:
     jax_version, flax_version = found["packages"]["jax"], found["packages"]["flax"]
     if jax_version and flax_version and _key(jax_version) >= (0, 11, 1) and _key(flax_version) <= (0, 12, 8):
         listed.append(f"flax {flax_version} does not work with jax {jax_version}: pip install 'flax>=0.12.9'")
+    if jax_version == "0.10.2":  # jax issue 39103
+        listed.append("jax 0.10.2 computes some batched products wrongly on a CPU: pip install 'jax!=0.10.2,<0.13'")
     if found["jax"]["error"]:
         listed.append(f"jax does not start: {found['jax']['error']}")
     if found["tiny_backbone"] is None:

@@ -33,6 +33,7 @@ class Verb:
 
 
 _JSON = Flag("json", "bool", False, "print one JSON object and nothing else")
+_ENCODER = Flag("encoder", "text", None, "a folder of the model that reads items for the CoMEM, where another answers")
 
 VERBS: Mapping[str, Verb] = {
     "train": Verb(
@@ -52,6 +53,9 @@ VERBS: Mapping[str, Verb] = {
                 "a Hugging Face folder (default: the shipped tiny backbone)",
             ),
             Flag("memory", "text", None, "a folder with a trained memory; absent: the bare backbone"),
+            _ENCODER,
+            Flag("items", "text", None, "knowledge items for a CoMEM, a file as of jaxmem bank"),
+            Flag("item", "texts", [], "the id of one of them, best first; repeat for several (default: all)"),
             Flag("prompt", "text", None, "the user's words; read from standard input when absent"),
             Flag("image", "texts", [], "an image file, before the prompt's words; repeat for several"),
             Flag("system", "text", None, "a system message"),
@@ -98,6 +102,7 @@ VERBS: Mapping[str, Verb] = {
             Flag("items", "text", None, 'JSON lines, {"id": ..., "text": ..., "image": ...} each'),
             Flag("model", "text", None, "a Hugging Face folder (default: the shipped tiny backbone)"),
             Flag("memory", "text", None, "a folder with a trained CoMEM, which encodes the items"),
+            _ENCODER,
             Flag("dtype", "text", None, "of the model: float32, bfloat16 or float16 (default: as stored)"),
             Flag("store", "text", "bfloat16", "how the bank holds embeddings: bfloat16, or int8 in half the room"),
             Flag("shard_items", "int", 1024, "items per file of the bank; what a kill can lose"),
@@ -130,6 +135,7 @@ VERBS: Mapping[str, Verb] = {
             Flag("limit", "int", 0, "ask the first so many questions; 0 asks all"),
             Flag("model", "text", None, "a Hugging Face folder (default: the shipped tiny backbone)"),
             Flag("memory", "text", None, "a folder with a trained CoMEM"),
+            _ENCODER,
             Flag("bank", "text", None, "its memory bank (jaxmem bank build)"),
             Flag("index", "text", None, "an index of the bank's items"),
             Flag("embedder", "text", None, "folder of the CLIP that made the index"),

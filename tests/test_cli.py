@@ -184,6 +184,13 @@ def test_doctor_names_the_broken_pair(jax_version, flax_version, broken):
     assert any("flax>=0.12.9" in problem for problem in found) == broken
 
 
+@pytest.mark.parametrize(("version", "wrong"), [("0.10.1", False), ("0.10.2", True), ("0.12.0.1", False)])
+def test_doctor_names_the_jax_that_computes_wrongly(version, wrong):
+    packages = doctor.versions() | {"jax": version, "flax": "0.12.9"}
+    found = doctor.problems({"packages": packages, "jax": {"error": None}, "tiny_backbone": "here"})
+    assert any("computes some batched products wrongly" in problem for problem in found) == wrong
+
+
 def test_doctor_names_what_is_missing(monkeypatch):
     packages = doctor.versions() | {"grain": None}
     found = doctor.problems({"packages": packages, "jax": {"error": "RuntimeError: no TPU"}, "tiny_backbone": None})

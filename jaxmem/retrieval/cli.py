@@ -59,6 +59,7 @@ def fill(
     items: str,
     model: str | None,
     memory: str | None,
+    encoder: str | None,
     dtype: str | None,
     store: str,
     shard_items: int,
@@ -85,13 +86,13 @@ def fill(
     source, made = ItemFile(items), load_embedder(embedder, mode) if index and embedder else None
     if index and made and (Path(index) / INFO).exists():
         open_index(index, made)  # refuses another embedder before anything is encoded
-    encoder = load_encoder(model or "", memory, dtype, batch=batch)
+    reader = load_encoder(model or "", memory, dtype, encoder=encoder, batch=batch)
     say = lambda done, total: print(f"{done} of {total} items", file=sys.stderr)  # noqa: E731
     shared: dict[str, Any] = {"batch": batch, "on_error": on_error, "progress": say}
     if action == "build":
-        done = building.build(folder, source, encoder, dtype=store, shard_items=shard_items, **shared)
+        done = building.build(folder, source, reader, dtype=store, shard_items=shard_items, **shared)
     else:
-        done = building.add(folder, source, encoder, **shared)
+        done = building.add(folder, source, reader, **shared)
     found: dict[str, Any] = {
         "items": done.items,
         "added": done.added,

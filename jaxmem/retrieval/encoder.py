@@ -120,9 +120,16 @@ class ItemEncoder:
 
 
 def load_encoder(
-    folder: str, memory: str, dtype: str | None = None, *, batch: int = 16, max_pixels: int | None = None
+    folder: str,
+    memory: str,
+    dtype: str | None = None,
+    *,
+    encoder: str | None = None,
+    batch: int = 16,
+    max_pixels: int | None = None,
 ) -> ItemEncoder:
-    """The encoder of a backbone's folder and a folder with a trained CoMEM."""
+    """The encoder of a backbone's folder and a folder with a trained CoMEM; `encoder`: another backbone reads items."""
     from jaxmem import api
 
-    return ItemEncoder(api.load(folder or api.TINY, dtype, memory=memory, max_pixels=max_pixels), batch)
+    model = api.load(folder or api.TINY, dtype, memory=memory, encoder=encoder, max_pixels=max_pixels)
+    return ItemEncoder(model, batch)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from jaxmem import api
+from jaxmem.data.items import Item, ItemFile
 from jaxmem.errors import ConfigError
 
 
@@ -16,6 +17,9 @@ def main(
     *,
     model: str | None,
     memory: str | None,
+    encoder: str | None,
+    items: str | None,
+    item: Sequence[str],
     prompt: str | None,
     image: Sequence[str],
     system: str | None,
@@ -26,11 +30,15 @@ def main(
     """Answers one prompt; the arguments are the verb's flags, `sampling` those of SamplerConfig.
 
     Raises:
-      ConfigError: there is neither --prompt nor text on standard input.
+      ConfigError: there is neither --prompt nor text on standard input, or items are given and no CoMEM reads them.
+      DataError: the file of items has none of such an id.
     """
+    known = None if items is None and not item else [_items(items, item)]
     chat = _chat(prompt if prompt is not None else _standard_input(), image, system)
-    loaded = api.load(model or api.TINY, dtype, memory=memory)
-    answers = loaded.stream([chat], key=jax.random.key(seed), **sampling)
+    loaded = api.load(model or api.TINY, dtype, memory=memory, encoder=encoder)
+    if known and loaded.spec.comem is None:
+        raise ConfigError("generate: --items are read by a CoMEM; name its folder with --memory")
+    answers = loaded.stream([chat], key=jax.random.key(seed), items=known, **sampling)
     for piece in pieces(answer[0].text for answer in answers):
         print(piece, end="", flush=True)
     print()
@@ -42,6 +50,14 @@ def _chat(words: str, images: Sequence[str], system: str | None) -> list[dict[st
     parts = [{"type": "image", "image": path} for path in images] + [{"type": "text", "text": words}]
     opening = [] if system is None else [{"role": "system", "content": system}]
     return [*opening, {"role": "user", "content": parts}]
+
+
+def _items(path: str | None, ids: Sequence[str]) -> list[Item]:
+    """The items of a file: those that are named, in their order, or all."""
+    if path is None:
+        raise ConfigError("generate: --item names one of a file's items; give the file with --items")
+    file = ItemFile(path)
+    return file.find(ids) if ids else [file[row] for row in range(len(file))]
 
 
 def _standard_input() -> str:

@@ -225,10 +225,5 @@ def embeddings(spec: Spec, base: Any, memory: Any, batch: Any) -> Any:
 
 
 def slopes(function: Any, x: Any) -> Any:
-    """d function(x)[i] / d x, with a leading axis for the flattened outputs.
-
-    One output at a time: the CPU compiler of jaxlib 0.10.2 gets products of a batched backward pass wrong (jax #39103).
-    """
-    out, back = jax.vjp(function, x)
-    one = lambda place: back(jnp.zeros(out.size, out.dtype).at[place].set(1).reshape(out.shape))[0]  # noqa: E731
-    return jax.lax.map(one, jnp.arange(out.size))
+    """d function(x)[i] / d x, with a leading axis for the flattened outputs."""
+    return jax.jacrev(lambda x: function(x).ravel())(x)

@@ -170,6 +170,7 @@ def build(
     index: str | Path | None,
     k: int,
     conditions: Sequence[str],
+    encoder: str | Path | None = None,
     items: str | Path | None = None,
     embedder: str | Path | Embedder | None = None,
     query_images: str = "squash",
@@ -190,6 +191,7 @@ def build(
       index: of the bank's items.
       k: items per question.
       conditions: of `conditions.CONDITIONS`.
+      encoder: folder of the model that reads items for the CoMEM, where it is another one.
       items: the file that bank and index were made from, for "rag": neither of them holds texts or images.
       embedder: folder of the CLIP that made the index, or the embedder itself.
       query_images: rule of `shown.RULES` for the images of questions.
@@ -207,7 +209,8 @@ def build(
     _need(conditions, bank=bank, index=index, embedder=embedder, items=items)
     looks, remembered = Looks(query_images), any(name in _REMEMBERED for name in conditions)
     if not isinstance(model, Model):
-        model = api.load(model or api.TINY, dtype, memory=memory if remembered else None)
+        memory, encoder = (memory, encoder) if remembered else (None, None)
+        model = api.load(model or api.TINY, dtype, memory=memory, encoder=encoder)
     source = None if items is None or "rag" not in conditions else ItemFile(items)
     found = None
     if any(name != "none" for name in conditions) and bank is not None and index is not None and embedder is not None:

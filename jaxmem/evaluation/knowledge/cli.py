@@ -39,6 +39,7 @@ def main(
     text_first: bool = False,
     batch_size: int = 8,
     seed: int = 0,
+    encoder: str | None = None,
     items: str | None = None,
     embedder: str | None = None,
     query_images: str = "squash",
@@ -64,7 +65,7 @@ def main(
       text_first: put the words before the image.
       batch_size: questions that are answered together.
       seed: of the shuffling, and of sampling.
-      items, embedder, query_images, decode, max_new_tokens, dtype: for `answering.build`.
+      encoder, items, embedder, query_images, decode, max_new_tokens, dtype: for `answering.build`.
 
     Returns:
       0.
@@ -89,6 +90,7 @@ def main(
         index=index,
         k=k,
         conditions=names,
+        encoder=encoder,
         items=items,
         embedder=embedder,
         query_images=query_images,
