@@ -133,9 +133,7 @@ def start(spec: Spec, settings: SamplerConfig, size: int, base: Any, memory: Any
     hidden, cache = prefill(spec, base, memory, batch, size - new)
     seen = None
     if settings.repetition_penalty != 1:
-        index = jnp.where(jnp.asarray(batch.segments) > 0, batch.tokens, vocab)
-        prompt = jnp.zeros((rows, vocab), bool).at[jnp.arange(rows)[:, None], index].set(True, mode="drop")
-        seen = jnp.broadcast_to(prompt[:, None], (rows, group, vocab))
+        seen = jnp.broadcast_to(said(batch, vocab)[:, None], (rows, group, vocab))
     reserved, insertions = 0, None
     if spec.vismem is not None and settings.invoke.mode != "off":
         reserved = insertion.columns(spec.vismem, settings.invoke)
@@ -155,6 +153,15 @@ def start(spec: Spec, settings: SamplerConfig, size: int, base: Any, memory: Any
     )
     scores = next_logits(spec, base, memory, hidden)
     return _record(spec, settings, state, jnp.broadcast_to(scores[:, None], (rows, group, vocab)))
+
+
+def said(batch: Batch, vocab: int) -> Array:
+    """[B, V] bool: the tokens of each prompt, for the repetition penalty; slots that hold a vector say nothing."""
+    silent = jnp.asarray(batch.segments) == 0
+    for places in (batch.prefix_rows, batch.query_rows):
+        silent = silent if places is None else silent | (jnp.asarray(places) >= 0)
+    rows, index = len(batch.tokens), jnp.where(silent, vocab, batch.tokens)
+    return jnp.zeros((rows, vocab), bool).at[jnp.arange(rows)[:, None], index].set(True, mode="drop")
 
 
 def _last_tokens(batch: Batch) -> Array:

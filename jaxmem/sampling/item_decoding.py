@@ -26,6 +26,7 @@ from jaxmem.backbones.registry import backbone
 from jaxmem.distributed.mesh import constrain
 from jaxmem.model import Spec, embed_tokens, final_norm, last_places, next_logits, next_position, read_prompt
 from jaxmem.sampling.cache import Cache, Tail, fork
+from jaxmem.sampling.generate import said
 from jaxmem.sampling.item_prefix import Prefix
 from jaxmem.sampling.logits import SamplerConfig, draw
 
@@ -74,10 +75,6 @@ def answer(
     """
     rows, new, vocab = len(keys), settings.max_new_tokens, spec.vocab
     hidden, cache, front = prefill(spec, seen_in, base, batch, prefix)
-    seen = None
-    if settings.repetition_penalty != 1:
-        index = jnp.where(jnp.asarray(batch.segments) > 0, batch.tokens, vocab)
-        seen = jnp.zeros((rows, vocab), bool).at[jnp.arange(rows)[:, None], index].set(True, mode="drop")
     state = State(
         cache=fork(cache, 1, new),
         tokens=jnp.full((rows, new), settings.pad_token, jnp.int32),
@@ -85,7 +82,7 @@ def answer(
         last=jnp.zeros(rows, jnp.int32),
         count=jnp.zeros(rows, jnp.int32),
         done=cache.segment == 0,  # a row of padding has nothing to say
-        seen=seen,
+        seen=said(batch, vocab) if settings.repetition_penalty != 1 else None,
         index=jnp.int32(0),
     )
     own = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)  # of the only member of its group, as in `generate.states`

@@ -13,6 +13,7 @@ from jaxmem import model as functions
 from jaxmem.data import knowledge
 from jaxmem.data.batching import Buckets, collate
 from jaxmem.errors import DataError
+from jaxmem.sampling.generate import said
 from tests.memory import comem_world as w
 
 BUCKETS = Buckets(tokens=(256,), patches=(96,), items=(1, 2, 3, 10, 50), item_tokens=(64,), item_patches=(96,))
@@ -68,6 +69,14 @@ def test_check_15_positions_stay_different_up_to_32k():
     assert len(np.unique(row.positions[0])) == len(row) == row.positions.max() + 1 > 30_000
     bf16 = np.asarray(jnp.asarray(row.positions[0]).astype(jnp.bfloat16).astype(jnp.int32))
     assert len(np.unique(bf16)) < 1_500  # what the switch of check 18 does
+
+
+def test_vectors_say_no_token_that_a_penalty_could_count():
+    model = w.model()
+    batch = model.batch(w.QUESTIONS, items=[known(model, 3), known(model, 1), []], buckets=BUCKETS)
+    found, bare = (said(one, model.spec.vocab) for one in (batch, model.batch(w.QUESTIONS, buckets=BUCKETS)))
+    np.testing.assert_array_equal(found, bare)
+    assert not found[:, model.processor.pad_token].any() and (found.sum(1) > 5).all()
 
 
 def test_the_prompt_sees_the_vectors_themselves():

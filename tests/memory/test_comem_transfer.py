@@ -17,6 +17,7 @@ from jaxmem.distributed import mesh as meshes
 from jaxmem.errors import ConfigError, DataError
 from jaxmem.memory import comem
 from jaxmem.retrieval.encoder import ItemEncoder
+from jaxmem.sampling.generate import said
 from tests.backbones.prompts import image, text, user
 from tests.memory import comem_world as w
 from tests.memory import transfer_world as t
@@ -135,6 +136,8 @@ def test_places_and_positions():
     seen = model.processor.encoder.decode(batch.query.tokens[0, :asked])
     assert seen.split("\n") == ["system", "answer", "user", "firstthen?", "assistant", ""]
     assert (batch.query.visual_rows[0] >= 0).sum() == 4
+    counted = np.flatnonzero(said(batch, model.spec.vocab)[0])  # by a repetition penalty: words, no states
+    np.testing.assert_array_equal(counted, np.unique(batch.tokens[0, 6 + asked : row]))
 
 
 @pytest.mark.parametrize(("width", "asks"), [(64, True), (48, True), (64, False)])
