@@ -13,6 +13,7 @@ from jaxmem.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from jaxmem.api import Model
+    from jaxmem.spec import Spec
 
 
 def check(model: Model, encoder: Model) -> None:
@@ -30,6 +31,17 @@ def check(model: Model, encoder: Model) -> None:
     }
     if wrong := [message for message, fault in faults.items() if fault]:
         raise ConfigError("; ".join(wrong))
+
+
+def check_run(spec: Spec, trained: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a run with an encoder beside it that nothing uses, or whose own weights train."""
+    if spec.comem is None:
+        raise ConfigError('config.encoder reads for a CoMEM, and the model has none: set memory.name to "comem"')
+    if "encoder" in trained.get("base", {}):
+        raise ConfigError(
+            'trainable: the encoder\'s backbone stays as it is (its LoRA factors are "memory/comem/encoder"); add'
+            ' "!base/encoder" to the patterns'
+        )
 
 
 def encoder_for(model: Model, stored: Mapping[str, Any] | None, folder: str | Path) -> BackboneConfig | None:

@@ -5,6 +5,7 @@ A folder's own `config.json` always counts more; these numbers are those of the 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 from jaxmem.backbones.config import BackboneConfig, TextConfig, VisionConfig
@@ -48,6 +49,12 @@ def _qwen2_5_vl(*sizes: int, tower: int, tied: bool = False) -> BackboneConfig:
     return BackboneConfig("qwen2_5_vl", text, vision, *_IDS, timed_video=False, positions_per_second=2.0)
 
 
+def _causal(*sizes: int) -> BackboneConfig:
+    """A Qwen2.5 without a tower, whose tokens have one place each."""
+    text = _qwen2(sizes, False, 32_768)
+    return BackboneConfig("qwen2", dataclasses.replace(text, rope_section=(text.head_dim // 2, 0, 0)))
+
+
 def _llava_vr(layers: int, width: int, mlp: int, heads: int, kv_heads: int, ratio: int) -> BackboneConfig:
     """Qwen2 and CLIP-L/14 at 336 pixels, joined by `jaxmem assemble --projector=avgpool`."""
     half = width // heads // 2
@@ -72,6 +79,7 @@ PUBLISHED: Mapping[str, BackboneConfig] = {
     "Qwen2.5-VL-7B-Instruct": _qwen2_5_vl(28, 3584, 18944, 28, 4, tower=3420),
     "Qwen2.5-VL-32B-Instruct": _qwen2_5_vl(64, 5120, 27648, 40, 8, tower=3456),
     "Qwen2.5-VL-72B-Instruct": _qwen2_5_vl(80, 8192, 29568, 64, 8, tower=3456),
+    "Qwen2.5-7B-Instruct": _causal(28, 3584, 18944, 28, 4),
     "Qwen3-VL-2B-Instruct": _qwen3_vl(28, 2048, 6144, 16, True, _SMALL),
     "Qwen3-VL-4B-Instruct": _qwen3_vl(36, 2560, 9728, 32, True, _SMALL),
     "Qwen3-VL-8B-Instruct": _qwen3_vl(36, 4096, 12288, 32, False, _LARGE),

@@ -22,13 +22,17 @@ def backbone_of(config: TrainConfig) -> BackboneConfig:
     Raises:
       ConfigError: there is no such folder, and the name is none of the published ones.
     """
-    folder = Path(config.backbone) if config.backbone else api.TINY
+    return _architecture(config.backbone or api.TINY, "config.backbone")
+
+
+def _architecture(given: str | Path, where: str) -> BackboneConfig:
+    folder = Path(given)
     if folder.is_dir():
         return registry.config_from_hf(huggingface.read_config(folder))
     if folder.name in PUBLISHED:
         return PUBLISHED[folder.name]
     near = suggestion(folder.name, PUBLISHED)
-    raise ConfigError(f"config.backbone: no folder {config.backbone!r}, and it is no name that can be planned{near}")
+    raise ConfigError(f"{where}: no folder {str(given)!r}, and it is no name that can be planned{near}")
 
 
 def spec_of(config: TrainConfig, backbone: BackboneConfig) -> Spec:
@@ -36,8 +40,11 @@ def spec_of(config: TrainConfig, backbone: BackboneConfig) -> Spec:
     if config.memory_folder is not None and Path(config.memory_folder).is_dir():
         name, settings = huggingface.read_memory_config(config.memory_folder, backbone)
         settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-        return Spec(backbone, (memory_module(name).create(backbone, **settings),))
-    if config.memory is None and config.memory_folder is None:
+    elif config.memory is None and config.memory_folder is None:
         return Spec(backbone)
-    settings = dict(config.memory or {"name": "pvm"})
-    return Spec(backbone, (memory_module(settings.pop("name")).create(backbone, **settings),))
+    else:
+        settings = dict(config.memory or {"name": "pvm"})
+        name = settings.pop("name")
+    if config.encoder and name == "comem":
+        settings["encoder"] = _architecture(config.encoder, "config.encoder")
+    return Spec(backbone, (memory_module(name).create(backbone, **settings),))

@@ -11,7 +11,8 @@ Rollouts read the visual states once per prompt and type, training reads them fo
 completions are read twice forwards: memories are formed of the states that the first pass leaves.
 
 A CoMEM takes, for each item of a row, the vision tower and the decoder without its head, and the Q-Former, whose keys
-of the item are made once; of its factors only the Q-Former's weights are counted.
+of the item are made once; of its factors only the Q-Former's weights are counted. Where another backbone reads for the
+one that answers, these are its tower and decoder, and it reads the prompt too.
 
 A tower that trains takes two more forward passes for its backward pass. Vision Remember takes the products of its
 formulas, on prompts alone.
@@ -44,6 +45,7 @@ class Needed:
       memories: of VisMem in each completion.
       text: states of the text that each of them is formed of.
       items: of CoMEM: knowledge items of a row, and their T and P.
+      query: of CoMEM: T and P of the prompt as an encoder beside the model reads it.
     """
 
     spec: Spec
@@ -53,6 +55,7 @@ class Needed:
     memories: int = 0
     text: int = 0
     items: tuple[int, int, int] = (0, 0, 0)
+    query: tuple[int, int] = (0, 0)
 
     @property
     def _layer(self) -> float:
@@ -134,15 +137,20 @@ class Needed:
         looks = 4.0 * c.latents * inner * (length + c.latents)
         return once + c.depth * (each + looks)
 
+    def _encoded(self, tokens: int, patches: int) -> float:
+        """An item or a prompt in CoMEM's encoder, forwards."""
+        beside = None if self.spec.comem is None else self.spec.comem.encoder
+        reader = self if beside is None else dataclasses.replace(self, spec=Spec(beside))
+        return reader._tower(patches) + reader._decoder(tokens, tokens**2 / 2)
+
     def encode(self) -> float:
-        """The items of a row, forwards."""
-        count, tokens, patches = self.items
-        if not count:
-            return 0.0
-        return count * (self._tower(patches) + self._decoder(tokens, tokens**2 / 2) + self._q_former())
+        """The items of a row, and its prompt where an encoder beside the model reads it, forwards."""
+        (count, *lengths), asked = self.items, self.query[0]
+        items = count * (self._encoded(*lengths) + self._q_former()) if count else 0.0
+        return items + (self._encoded(*self.query) if asked else 0.0)
 
     def _learn_items(self) -> float:
-        """The items of a row, forwards and backwards where something of CoMEM trains."""
+        """The same, forwards and backwards where something of CoMEM trains."""
         trains = "comem" in self.trainable.get("memory", {})
         return self.encode() * (2 if trains else 1) + (self.items[0] * self._q_former() if trains else 0.0)
 

@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxmem import transfer
 from jaxmem.adapters import lora
 from jaxmem.backbones import registry
 from jaxmem.backbones.batch import Batch
+from jaxmem.backbones.config import BackboneConfig
 from jaxmem.config import build
 from jaxmem.distributed.mesh import activation_sharding, batch_shardings, check_heads, shardings
 from jaxmem.memory.vismem import TYPES
@@ -72,8 +74,12 @@ def programs(config: TrainConfig, mesh: Mesh, shape: Shape | None = None) -> lis
       ConfigError: the mesh does not divide the heads, or a pattern of `trainable` matches nothing.
     """
     backbone = backbone_of(config)
-    check_heads(backbone.text, mesh)
     run = _Run(config, spec_of(config, backbone), mesh, shape or Shape.longest(config))
+    for part in (backbone, run.encoder):
+        if part is not None:
+            check_heads(part.text, mesh)
+    if config.encoder:
+        transfer.check_run(run.spec, run.split[0])
     if config.grpo is None:
         return [run.train_step()]
     if run.stage == "warm_up":  # learns from references
@@ -95,11 +101,18 @@ class _Run:
     def dtype(self) -> Any:
         return jnp.dtype(self.config.dtype or "bfloat16")
 
+    @property
+    def encoder(self) -> BackboneConfig | None:
+        """The backbone that reads knowledge items and prompts for the one that answers, where it is another one."""
+        return None if self.spec.comem is None else self.spec.comem.encoder
+
     @functools.cached_property
     def tree(self) -> Any:
         """{"base", "memory"} in the dtypes that they are loaded in."""
         lib = registry.backbone(self.spec.backbone.model_type)
         base = lib.shapes(self.spec.backbone, self.dtype)
+        if self.encoder is not None:
+            base = {**base, "encoder": registry.backbone(self.encoder.model_type).shapes(self.encoder, self.dtype)}
         if self.config.lora is not None:
             settings = build(lora.LoRAConfig, self.config.lora, "config.lora")
             base = jax.eval_shape(lambda base: lora.attach(jax.random.key(0), settings, base), base)
@@ -139,8 +152,8 @@ class _Run:
     def batch(self, *leading: int) -> Batch:
         """A batch of shapes [*leading, ...], rows last."""
         asks = any(getattr(config, "asks", False) for config in self.spec.memories)
-        shape = dataclasses.replace(self.shape, items=self.items, question=asks)
-        return self.rows(abstract(leading, shape, self.spec.backbone), len(leading) - 1)
+        shape = dataclasses.replace(self.shape, items=self.items, query=self.query, question=asks)
+        return self.rows(abstract(leading, shape, self.spec.backbone, self.encoder), len(leading) - 1)
 
     @property
     def items(self) -> tuple[int, int, int]:
@@ -148,10 +161,17 @@ class _Run:
         return (0, 0, 0) if self.spec.comem is None else item_lengths(self.config.data.buckets)
 
     @property
+    def query(self) -> tuple[int, int]:
+        """T and P of a row's prompt as an encoder beside the model reads it."""
+        if self.spec.comem is None or self.encoder is None or not self.spec.comem.query:
+            return 0, 0
+        return self.config.data.buckets.query_tokens[-1], self.shape.patches if self.encoder.vision else 0
+
+    @property
     def needed(self) -> needed.Needed:
         """What one row takes."""
         lengths = (self.shape.tokens, self.shape.patches)
-        return needed.Needed(self.spec, self.split[0], *lengths, *self._memories, self.items)
+        return needed.Needed(self.spec, self.split[0], *lengths, *self._memories, self.items, self.query)
 
     @property
     def stage(self) -> str:

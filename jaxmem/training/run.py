@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxmem import api
+from jaxmem import api, transfer
 from jaxmem import config as configs
 from jaxmem.adapters import lora
 from jaxmem.checkpoints import huggingface
@@ -264,22 +264,10 @@ def load_model(config: TrainConfig, mesh: Mesh | None) -> api.Model:
         model = model.restore_lora(config.adapter_folder)
     if config.lora is not None:
         model = model.attach_lora(key=jax.random.fold_in(jax.random.key(config.seed), 1), **config.lora)
-    _check_encoder(config, model)
+    if config.encoder:
+        trained, _ = trees.split({"base": model.base, "memory": model.memory}, config.trainable)
+        transfer.check_run(model.spec, trained)
     return model
-
-
-def _check_encoder(config: TrainConfig, model: api.Model) -> None:
-    """Raises ConfigError for an encoder beside the backbone whose own weights would train, or that nothing uses."""
-    if not config.encoder:
-        return
-    if model.spec.comem is None:
-        raise ConfigError('config.encoder reads for a CoMEM, and the model has none: set memory.name to "comem"')
-    trained = trees.split({"base": model.base, "memory": model.memory}, config.trainable)[0]
-    if "encoder" in trained.get("base", {}):
-        raise ConfigError(
-            'trainable: the encoder\'s backbone stays as it is (its LoRA factors are "memory/comem/encoder"); add'
-            ' "!base/encoder" to the patterns'
-        )
 
 
 def pipeline(

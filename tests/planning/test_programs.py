@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 
 from jaxmem import cli
 from jaxmem import config as configs
-from jaxmem.backbones import qwen3_vl
+from jaxmem.backbones import qwen3_vl, registry
 from jaxmem.backbones.published import PUBLISHED
 from jaxmem.distributed.mesh import make_mesh
-from jaxmem.memory import former, pvm, vismem
+from jaxmem.errors import ConfigError
+from jaxmem.memory import comem, former, pvm, vismem
 from jaxmem.memory.former import Seen
 from jaxmem.model import Spec, init_memory, read
 from jaxmem.planning import hlo, programs
@@ -82,6 +84,47 @@ def test_gpus_are_planned_by_arithmetic(capsys):
         code, found = plan(capsys, f"--config={CONFIGS}/{recipe}", "--topology=h100:2x8")
         assert code == 0 and found["fits"] and found["label"] == "by arithmetic, not compiled"
         assert all(program["tokens_per_second"] > 0 for program in found["programs"])
+
+
+TRANSFER = (
+    f"--config={CONFIGS}/comem_qwen25vl_7b.py",
+    "--config.backbone=Qwen2.5-7B-Instruct",
+    "--config.encoder=Qwen2.5-VL-7B-Instruct",
+    "--topology=h100:2x8",
+)
+
+
+def test_an_encoder_beside_the_model_is_planned(capsys):
+    code, found = plan(capsys, *TRANSFER)
+    (step,), both = found["programs"], (PUBLISHED["Qwen2.5-7B-Instruct"], PUBLISHED["Qwen2.5-VL-7B-Instruct"])
+    assert code == 0 and found["fits"]
+    counts = [
+        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(registry.backbone(one.model_type).shapes(one)))
+        for one in both
+    ]
+    assert counts == [7_615_616_512, 8_292_166_656]
+    assert step["bytes"]["weights"] == pytest.approx(2 * sum(counts) / 16, rel=0.01)  # bfloat16, over fsdp
+    words = configs.load(f"{CONFIGS}/comem_qwen25vl_7b.py", ["--config.encoder=Qwen2.5-VL-7B-Instruct"])
+    buckets = configs.build(TrainConfig, words, "config").data.buckets
+    (tokens, patches), count = (buckets.tokens[-1], buckets.patches[-1]), buckets.items[-1]
+    item, asked = (buckets.item_tokens[-1], buckets.item_patches[-1]), (buckets.query_tokens[-1], patches)
+    sees = Needed(Spec(both[1], (comem.create(both[1]),)), {}, tokens, patches, items=(count, *item))
+    reads = Needed(Spec(both[1]), {}, *asked).read_row()
+    answers = Needed(Spec(both[0]), {}, tokens, 0)
+    spec = Spec(both[0], (comem.create(both[0], encoder=both[1]),))
+    whole = Needed(spec, {}, tokens, patches, items=(count, *item), query=asked)
+    assert whole.read_row() == pytest.approx(answers.read_row() + sees.encode() + reads, rel=1e-9)
+    assert whole.encode() > 1.2 * sees.encode()  # its prompt, too
+
+
+def test_an_encoder_that_nothing_uses_is_refused(capsys):
+    pvm = configs.build(TrainConfig, configs.load(f"{CONFIGS}/digits_quickstart.py"), "config")
+    with pytest.raises(ConfigError, match="config.encoder reads for a CoMEM, and the model has none"):
+        programs.programs(dataclasses.replace(pvm, encoder="Qwen2.5-VL-7B-Instruct").resolved(1), make_mesh(data=1))
+    assert cli.main(["plan", *TRANSFER[:2], "--config.encoder=Qwen2.5-VL-8B", TRANSFER[-1]]) == 2
+    assert "config.encoder: no folder 'Qwen2.5-VL-8B'" in capsys.readouterr().err
+    assert cli.main(["plan", *TRANSFER, "--config.trainable=base"]) == 2
+    assert "the encoder's backbone stays as it is" in capsys.readouterr().err
 
 
 def test_stages_are_planned_one_by_one(capsys):
