@@ -71,7 +71,8 @@ def test_generate_refuses_items_that_nothing_reads(world: Any, capsys: Any, tmp_
     cases = [
         ([*flags, items, "--item=item 7"], "no item with the id 'item 7'"),
         ([*flags, "--item=item 1"], "give the file with --items"),
-        ([flags[0], items], "read by a CoMEM; name its folder with --memory"),
+        ([flags[0], items], "belong to a CoMEM; name its folder with --memory"),
+        (flags[:2], "belong to a CoMEM; name its folder with --memory"),
         ([flags[0], flags[2]], "another model reads items for this CoMEM"),
     ]
     for words, message in cases:

@@ -30,14 +30,14 @@ def main(
     """Answers one prompt; the arguments are the verb's flags, `sampling` those of SamplerConfig.
 
     Raises:
-      ConfigError: there is neither --prompt nor text on standard input, or items are given and no CoMEM reads them.
+      ConfigError: there is neither --prompt nor text on standard input, or items or an encoder, and no CoMEM.
       DataError: the file of items has none of such an id.
     """
     known = None if items is None and not item else [_items(items, item)]
     chat = _chat(prompt if prompt is not None else _standard_input(), image, system)
     loaded = api.load(model or api.TINY, dtype, memory=memory, encoder=encoder)
-    if known and loaded.spec.comem is None:
-        raise ConfigError("generate: --items are read by a CoMEM; name its folder with --memory")
+    if (known or encoder) and loaded.spec.comem is None:
+        raise ConfigError("generate: --items and --encoder belong to a CoMEM; name its folder with --memory")
     answers = loaded.stream([chat], key=jax.random.key(seed), items=known, **sampling)
     for piece in pieces(answer[0].text for answer in answers):
         print(piece, end="", flush=True)

@@ -132,7 +132,7 @@ def verb(monkeypatch, capsys):
     """The verb as the command line calls it, with encoders of numpy; gives (exit code, what was printed)."""
     module, asked = types.ModuleType("encoder"), []
 
-    def load_encoder(model, memory, dtype=None, *, batch=16):
+    def load_encoder(model, memory, dtype=None, *, encoder=None, batch=16):
         asked.append((model, memory, dtype, batch))
         return HashEncoder()
 
