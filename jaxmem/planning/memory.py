@@ -67,8 +67,9 @@ class Exhausted:
     """What the compiler says when memory does not suffice.
 
     Attributes:
-      needed: bytes that the program needs on a device, arguments included.
-      limit: bytes that a device has.
+      needed: bytes that the program needs on a device, arguments included; of the largest array alone where no more is
+        said.
+      limit: bytes that a device has; 0 where the message does not say.
       largest: the largest buffers, where the message lists them.
     """
 
@@ -153,10 +154,11 @@ def refused(message: str, arguments: Mapping[str, Any], limit: float, resting: M
 
 
 def parse_exhausted(message: str) -> Exhausted:
-    """The figures of a RESOURCE_EXHAUSTED message of the TPU compiler, in either of its forms.
+    """The figures of a RESOURCE_EXHAUSTED message of the TPU compiler, in any of its forms.
 
     The short form says how much is required "for HLO temporaries", which includes arguments and outputs; the long one
-    "Used 17.5G of 15.7G hbm" with a list of the largest allocations.
+    "Used 17.5G of 15.7G hbm" with a list of the largest allocations. Of a program with one array that is larger than
+    the memory, some compilers name that array alone, and the memory without what they keep for themselves.
 
     Raises:
       ValueError: the message says nothing of the kind.
@@ -164,6 +166,8 @@ def parse_exhausted(message: str) -> Exhausted:
     short = re.search(rf"required[^(]*\({_SIZE}\) exceeds available[^(]*\({_SIZE}\)", message)
     long = re.search(rf"Used {_SIZE} of {_SIZE} hbm", message)
     found = short or long
+    if found is None and (single := re.search(r"Allocation \(size=(\d+)\) would exceed memory", message)):
+        return Exhausted(float(single[1]), 0.0)
     if found is None:
         raise ValueError(f"not a message about exhausted memory: {message[:200]!r}")
     return Exhausted(_bytes(found[1], found[2]), _bytes(found[3], found[4]), tuple(_allocations(message)))

@@ -49,6 +49,15 @@ def test_the_long_message():
     ]
 
 
+def test_one_array_that_is_too_large():
+    single = "RESOURCE_EXHAUSTED: Allocation (size=34359738368) would exceed memory (size=17179869184) :: %s0 = operand"
+    found = parse_exhausted(single)
+    assert (found.needed, found.limit, found.largest) == (2**35, 0, ())
+    x = jax.ShapeDtypeStruct((2**31,), jnp.float32)
+    bytes_ = refused(single, {"inputs": x}, 15.75 * 2**30)
+    assert (bytes_.total, bytes_.limit, bytes_.fits) == (2**35, 15.75 * 2**30, False)
+
+
 def test_another_message_is_refused():
     with pytest.raises(ValueError, match="not a message"):
         parse_exhausted("INTERNAL: something else")

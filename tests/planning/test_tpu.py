@@ -74,7 +74,7 @@ def test_a_program_too_large_is_refused_with_its_figures(topology, mesh):
     assert not plan.bytes.fits
     assert plan.bytes.kinds["inputs"] == argument
     assert plan.bytes.limit == topology.memory
-    assert plan.bytes.total >= 2 * argument
+    assert plan.bytes.total >= argument > plan.bytes.limit  # libtpu 0.0.41 counts nothing beside the largest array
 
 
 def test_bytes_are_those_that_the_compiler_compares_with_its_limit(topology, mesh):

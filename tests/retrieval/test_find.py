@@ -111,6 +111,7 @@ FLAGS = {
     "items": None,
     "model": None,
     "memory": None,
+    "encoder": None,
     "dtype": None,
     "store": "bfloat16",
     "shard_items": 1024,
