@@ -70,7 +70,10 @@ def by_hand(base):
 
 def test_at_the_start_it_is_the_backbone_bit_for_bit(base, batch):
     fresh = lora.attach(jax.random.key(1), CONFIG, base)
-    before, after = (np.asarray(w.hidden(w.BARE, tree, {}, batch)) for tree in (base, fresh))
+    states = lambda: [np.asarray(w.hidden(w.BARE, tree, {}, batch)) for tree in (base, fresh)]  # noqa: E731
+    np.testing.assert_allclose(*states(), rtol=0, atol=5e-6)  # the compiler may fuse the two differently
+    with jax.disable_jit():
+        before, after = states()
     assert before.tobytes() == after.tobytes()
     assert set(lora.factors(fresh)) == TARGETS
     for path, factor in lora.factors(fresh).items():
