@@ -1,8 +1,8 @@
 """Every test runs on the CPU with eight devices, so that sharding is tested wherever the suite runs.
 
-Most of a test's time is compiling. XLA's older loop emitters take half as long as its fusion emitters, and LLVM two thirds
-as long where it optimises less. Many tests start runs anew and so compile the same programs again; one cache per
-session keeps them.
+Most of a test's time is compiling. XLA's older loop emitters take half as long as its fusion emitters, and LLVM less
+than half as long where it hardly optimises. Many tests start runs anew and so compile the same programs again; one
+cache per session keeps them.
 """
 
 import atexit
@@ -16,8 +16,8 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
-quick = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1"
-os.environ["XLA_FLAGS"] = f"{quick} {os.environ.get('XLA_FLAGS', '')}".strip()
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}".strip()
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxmem-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
@@ -35,3 +35,13 @@ def _release_programs():
 
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def optimised():
+    """For a test that takes longer to run than to compile."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

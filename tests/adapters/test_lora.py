@@ -114,7 +114,7 @@ def test_gradients_reach_the_factors_of_chosen_layers_alone(adapted, batch):
 
     def gradient(base, patterns):
         trainable, frozen = trees.split({"base": base, "memory": {}}, patterns)
-        loss = lambda part: jnp.sum(jnp.square(w.hidden(w.BARE, trees.merge(part, frozen)["base"], {}, batch)))  # noqa: E731
+        loss = lambda part: jnp.sum(jnp.square(w.quick_hidden(w.BARE, trees.merge(part, frozen)["base"], {}, batch)))  # noqa: E731
         return dict(trees.leaves(jax.grad(loss)(trainable)))
 
     for base, a_moves in ((fresh, False), (adapted, True)):

@@ -141,14 +141,6 @@ def learnt(stage, name):
         return loss, w._gradient(state), np.asarray(logprobs)[0], state
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    """Half of the time would go into making the programs fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.parametrize(("name", "kind"), pairs(INVOKES))
 def test_sampled_tokens_and_memories_equal_those_of_one_device(name, kind):
     ours, known = sampled(kind, name), sampled(kind, ONE)

@@ -56,7 +56,7 @@ def test_defaults_follow_the_backbone():
 
 def test_fan_in_initialiser_and_open_gates():
     config = pvm.create(w.BACKBONE, latent=512, initialiser="fan_in", gate=0.125)
-    params = w.quick(pvm.init, static_argnums=1)(jax.random.key(3), config)
+    params = jax.jit(pvm.init, static_argnums=1)(jax.random.key(3), config)
     assert params["gate_alpha"].tolist() == [0.125] * 3
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if path[-1].key == "kernel":
@@ -112,7 +112,7 @@ def test_dropout_keeps_the_mean_of_what_is_found():
     def attend(module, key):
         return module.cross_attn(x, keys, values, seen, key)
 
-    run = w.quick(lambda key: pvm.PVM(config).apply({"params": params}, key, method=attend))
+    run = jax.jit(lambda key: pvm.PVM(config).apply({"params": params}, key, method=attend))
     dropped, whole = run(jax.random.key(1)), run(None)
     np.testing.assert_allclose(dropped.mean(1), whole.mean(1), atol=0.05 * float(jnp.abs(whole).max()))
     assert float(jnp.std(dropped, axis=1).min()) > 0

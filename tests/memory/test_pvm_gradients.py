@@ -34,16 +34,16 @@ def check_fresh(params):
 
 
 def test_check_13_fresh_parameters():
-    check_fresh(w.quick(pvm.init, static_argnums=1)(jax.random.key(0), pvm.create(w.BACKBONE, latent=512)))
+    check_fresh(jax.jit(pvm.init, static_argnums=1)(jax.random.key(0), pvm.create(w.BACKBONE, latent=512)))
 
 
 def test_check_13_fresh_parameters_over_a_backbone_checkpoint(world, tmp_path):
     save_backbone(tmp_path, world.base, w.BACKBONE)
     loaded = Model(Spec(w.BACKBONE), load_backbone(tmp_path, w.BACKBONE), {}, None, tmp_path)
-    check_fresh(w.quick(lambda: loaded.attach("pvm", latent=512).memory["pvm"])())
+    check_fresh(jax.jit(lambda: loaded.attach("pvm", latent=512).memory["pvm"])())
 
 
-@functools.partial(w.quick, static_argnames=("backward_from", "remat"))
+@functools.partial(jax.jit, static_argnames=("backward_from", "remat"))
 def gradient(params, base, batch, backward_from=0, remat=False):
     """Of the mean negative log-likelihood of the text, with respect to the memory."""
 
@@ -126,7 +126,7 @@ def test_check_18_every_gradient_is_the_float64_finite_difference(visibility):
         return (oracle.inject(config, oracle.slot(params, 0), x[0], visual[0], seen) * measure[0, 0]).sum()
 
     point = oracle.float64((params, x, visual))
-    value, slopes = w.quick(jax.value_and_grad(ours, argnums=(0, 1, 2)))(params, jnp.asarray(x), jnp.asarray(visual))
+    value, slopes = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2)))(params, jnp.asarray(x), jnp.asarray(visual))
     assert float(value) == pytest.approx(plain(*point), abs=1e-5)
     leaves, structure = jax.tree.flatten(point)
     for number, (leaf, slope) in enumerate(zip(leaves, jax.tree.leaves(slopes), strict=True)):

@@ -76,14 +76,14 @@ def one_row(config, params, visual, x):
     return out[:, 0, len(visual) :]
 
 
-quick_row = w.quick(one_row, static_argnums=0)
+quick_row = jax.jit(one_row, static_argnums=0)
 
 
 @pytest.mark.parametrize("config", [w.CAUSAL, w.ALL], ids=["causal", "all"])
 def test_check_27_no_position_reads_another(world, branch, config):
     """d inj_i / d x_j is exactly zero for i != j, and not zero for i == j."""
     visual, x = branch.visual[0, :6], branch.x[0, :7]
-    jacobian = np.asarray(w.quick(jax.jacrev(lambda x: one_row(config, world.params, visual, x)))(x))  # [s, T, D, T, D]
+    jacobian = np.asarray(jax.jit(jax.jacrev(lambda x: one_row(config, world.params, visual, x)))(x))  # [s, T, D, T, D]
     assert jacobian.shape == (3, 7, 48, 7, 48)
     for i in range(7):
         for j in range(7):
@@ -116,7 +116,7 @@ def test_check_28_backbone_dilutes_the_memory_does_not(world):
         shares = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), -1)
         return (shares * is_visual).sum(-1)[0]
 
-    look = w.quick(lambda base, memory, batch: model.observed(w.WITH_CAUSAL, base, memory, batch, mass))
+    look = jax.jit(lambda base, memory, batch: model.observed(w.WITH_CAUSAL, base, memory, batch, mass))
     states, omega = look(world.base, world.memory, batch)
     text = np.asarray(omega)[:, :, 8:]  # [L, heads, t]
     assert text.shape == (5, 8, 190) and np.all((text > 0) & (text < 1))

@@ -22,12 +22,12 @@ SMALL = LayerSettings(width=20, features=14, keys=9, inner=24, heads=3)
 ROWS, TOKENS = 2, 5
 
 
-@functools.partial(w.quick, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def cross(settings: LayerSettings, params: Any, x: Any, windows: Any, mask: Any) -> Any:
     return CrossAttention(settings).apply({"params": params}, x, windows, mask)
 
 
-@functools.partial(w.quick, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def gradients(settings: LayerSettings, params: Any, x: Any, windows: Any, mask: Any, weights: Any) -> Any:
     loss = lambda *given: jnp.sum(weights * CrossAttention(settings).apply({"params": given[0]}, *given[1:], mask))  # noqa: E731
     return jax.grad(loss, argnums=(0, 1, 2))(params, x, windows)
@@ -234,7 +234,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
 }
 
 
-@functools.partial(w.quick, static_argnums=(0, 5))
+@functools.partial(jax.jit, static_argnums=(0, 5))
 def acted(config: Any, params: Any, batch: Any, levels: Any, x: Any, per_tile: int = 4) -> Any:
     return v.act(config, params, batch, levels, x, 1, per_tile)
 

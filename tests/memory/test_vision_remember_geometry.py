@@ -38,7 +38,7 @@ def config_of(side: int, ratio: int, **settings: Any) -> VisionRememberConfig:
     return VisionRememberConfig(layers=(0,), levels=(1, 2), cells=Cells(side, ratio, first=1), **(sizes | settings))
 
 
-@functools.partial(w.quick, static_argnums=(0, 5))
+@functools.partial(jax.jit, static_argnums=(0, 5))
 def slopes(config: VisionRememberConfig, params: Any, batch: Batch, levels: Any, x: Any, per_tile: int) -> Any:
     """[B, T, B, P] sizes of the derivatives of the block's output by the tower's features."""
     found = v.slopes(lambda levels: v.act(config, params, batch, levels, x, per_tile=per_tile).sum(-1), levels)
@@ -108,14 +108,14 @@ def test_bars_are_not_seen_and_a_window_of_bars_alone_sees_all_of_its_patches():
             assert set(np.flatnonzero(found[token])) == (shown or known)
     assert {len(covered(config, 9 + cell)) for cell in (2, 5, 8)} == {1, 2}
     params, levels, x = v.params_of(config), v.features(config, batch), v.stream_like(batch, WIDTH)
-    out = w.quick(v.act, static_argnums=(0, 5, 6))(config, params, batch, levels, x, 0, 9)
+    out = jax.jit(v.act, static_argnums=(0, 5, 6))(config, params, batch, levels, x, 0, 9)
     row = jax.tree.map(lambda leaf: np.asarray(leaf)[0], batch)
     p, given = plain.float64(params), [plain.float64(levels[level])[0] for level in config.levels]
     known = oracle.remembered(config, p, plain.slot(p["blocks"], 0), plain.float64(x)[0], given, row, 9)
     np.testing.assert_allclose(out[0], known, rtol=0, atol=2e-5)  # nor do places over the border have a share
 
 
-@functools.partial(w.quick, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def local(settings: LayerSettings, params: Any, x: Any, windows: Any, mask: Any) -> Any:
     return CrossAttention(settings).apply({"params": params}, x, windows, mask)
 

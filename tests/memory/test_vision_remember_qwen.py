@@ -111,7 +111,7 @@ def test_a_token_sees_the_patches_that_were_merged_to_it(family, local):
     batch = v.batch_of(backbone, CHATS[1:2])
     x, levels = v.stream_like(batch, config.width), v.features(config, batch)
     function = lambda levels: v.act(config, memory["vision_remember"], batch, levels, x).sum(-1)[0]  # noqa: E731
-    slopes = w.quick(lambda levels: v.slopes(function, levels))(levels)
+    slopes = jax.jit(lambda levels: v.slopes(function, levels))(levels)
     found = np.asarray(sum(jnp.abs(slope[:, 0]).sum(-1) for slope in slopes.values())) > 0
     tokens = np.flatnonzero(batch.is_visual[0])
     assert not np.delete(found, tokens, axis=0).any()

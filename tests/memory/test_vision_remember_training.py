@@ -11,7 +11,6 @@ import pytest
 
 from jaxmem.training import sft, trees
 from tests.memory import vision_world as v
-from tests.memory import world as w
 
 STAGES = {  # what trains
     "stage_1": ("memory", "base/projector"),
@@ -30,7 +29,7 @@ def backward(preset: str, stage: str, **settings: Any) -> Any:
     trainable, frozen = trees.split(tree, STAGES[stage])
     forward = sft.model_forward(v.spec_of(backbone, config), trainable)
     loss = lambda trainable, frozen: sft.token_loss(forward, trainable, frozen, batch).nll  # noqa: E731
-    return config, tree, w.quick(jax.grad(loss))
+    return config, tree, jax.jit(jax.grad(loss))
 
 
 def gradients(

@@ -18,11 +18,10 @@ from jaxmem.memory import former, vismem
 from jaxmem.memory.former import Seen
 from tests.memory import oracle, vismem_oracle
 from tests.memory import vismem_world as v
-from tests.memory import world as w
 
 VISUAL, TEXT, WIDTH = (9, 5, 0, 3), (6, 2, 1, 4), 48  # valid states of every row
 KINDS = np.array([0, 1, 1, 0], np.int32)
-prefix = w.quick(former.prefix, static_argnames=("config", "backbone"))
+prefix = jax.jit(former.prefix, static_argnames=("config", "backbone"))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +100,7 @@ def test_check_03_padded_rows_equal_unpadded_ones_by_numpy(base: Any, params: An
         np.testing.assert_allclose(ours, known, atol=1e-5)
 
 
-@w.quick
+@jax.jit
 def frozen(base: Any, x: Any) -> Any:
     """Embeddings [1, T, D] through the backbone's own layers and norm; positions 0, 1, 2, ... on all axes."""
     place = jnp.arange(x.shape[1])[None]

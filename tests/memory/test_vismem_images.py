@@ -15,6 +15,7 @@ from jaxmem.memory import former
 from jaxmem.memory.former import Seen
 from jaxmem.memory.vismem import VisMemConfig
 from jaxmem.model import Spec
+from jaxmem.sampling import generate
 from tests.backbones.prompts import PROMPTS
 from tests.memory import vismem_world as v
 from tests.memory import world as w
@@ -23,8 +24,8 @@ from tests.sampling.insertion_world import VARIANTS, base, played
 
 BARE = Spec(v.BACKBONE)
 MERGER, LAST = v.CONFIG, dataclasses.replace(v.CONFIG, visual_source="llm_last")
-gather = w.quick(former.gather, static_argnames="config")
-joined = w.quick(former.joined, static_argnames="config")
+gather = jax.jit(former.gather, static_argnames="config")
+joined = jax.jit(former.joined, static_argnames="config")
 
 
 def first(config: VisMemConfig) -> VisMemConfig:
@@ -189,10 +190,10 @@ def test_too_many_states_are_refused_before_anything_is_computed() -> None:
     with pytest.raises(DataError, match="row 0 has 8, row 1 has 5 visual states"):
         former.check_spans(first(strict), v.kept_rows())
     spec = Spec(v.BACKBONE, (strict,))
-    before = v.quick_start._cache_size()
+    before = generate.start._cache_size()
     with pytest.raises(DataError, match="row 0 has 12"):
         v.play(v.kept_rows(), v.FREE, base=base(), memory=None, spec=spec)
-    assert v.quick_start._cache_size() == before
+    assert generate.start._cache_size() == before
 
 
 def test_too_many_states_are_warned_of_once() -> None:

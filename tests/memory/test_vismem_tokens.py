@@ -20,12 +20,11 @@ from jaxmem.memory import vismem
 from jaxmem.memory.vismem import CONTROL
 from tests.backbones.prompts import PROMPTS, image, text, user
 from tests.helpers import SPECIAL_TOKENS
-from tests.memory import vismem_world as v
 from tests.memory import world as w
 from tests.memory.vismem_folder import BUCKETS, KNOWN, SMALL, pair, with_vismem
 
 ROWS = 512  # of the backbone's table
-init = w.quick(vismem.init, static_argnames="config")
+init = jax.jit(vismem.init, static_argnames="config")
 CHATS = [PROMPTS["text"], PROMPTS["wide_and_tall"]]
 
 
@@ -168,9 +167,8 @@ def test_check_16_without_memory_the_backbone_speaks(untied: Any) -> None:
     head = untied.base["head"].at[KNOWN:].set(0.0)  # rows of no token; the bare backbone does not know that
     model = dataclasses.replace(with_vismem(untied, eagerness=20.0), base={**untied.base, "head": head})
     settings = {"max_new_tokens": 20, "buckets": BUCKETS, "stop_tokens": ()}
-    with v.quickly():
-        known = model.without_memory().generate(CHATS, **settings)
-        ours = model.generate(CHATS, invoke={"mode": "off"}, **settings)
+    known = model.without_memory().generate(CHATS, **settings)
+    ours = model.generate(CHATS, invoke={"mode": "off"}, **settings)
     for one, bare in zip(ours, known, strict=True):
         assert one.tokens == bare.tokens and len(one.tokens) == 20
         assert one.text == bare.text and one.events == ()

@@ -216,7 +216,7 @@ def watch(spec: Spec, base: Any, memory: Any, batch: Any, x: Any = None) -> tupl
     return jnp.stack(before), jnp.stack(after), model.final_norm(spec, base, out)
 
 
-watched = w.quick(watch, static_argnames="spec")
+watched = jax.jit(watch, static_argnames="spec")
 
 
 def embeddings(spec: Spec, base: Any, memory: Any, batch: Any) -> Any:

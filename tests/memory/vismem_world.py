@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -77,15 +76,6 @@ def sampler(**settings: Any) -> SamplerConfig:
     return SamplerConfig(**{**fixed, **settings})
 
 
-quick_start = w.quick(generate.start.__wrapped__, static_argnames=("spec", "settings", "size"))
-quick_proceed = w.quick(generate.proceed.__wrapped__, static_argnames=("spec", "settings"))
-
-
-def quickly() -> Any:
-    """A block in which generation compiles in half the time."""
-    return mock.patch.multiple(generate, start=quick_start, proceed=quick_proceed)
-
-
 def play(
     batch: Any,
     invoke: InvokeConfig = FREE,
@@ -99,14 +89,12 @@ def play(
 ) -> Rollout:
     """A rollout; keys [B] are those of seed 5 unless given."""
     keys = jax.random.split(jax.random.key(5), len(batch.tokens)) if keys is None else keys
-    with quickly():
-        return rollout(spec, base, memory, batch, sampler(invoke=invoke, **settings), keys, group)
+    return rollout(spec, base, memory, batch, sampler(invoke=invoke, **settings), keys, group)
 
 
 def last_state(spec: Spec, base: Any, memory: Any, batch: Any, settings: SamplerConfig, keys: Any, group: int) -> Any:
     """The state after the whole rollout."""
-    with quickly():
-        *_, state = generate.states(spec, base, memory, batch, settings, keys, group)
+    *_, state = generate.states(spec, base, memory, batch, settings, keys, group)
     return state
 
 
@@ -192,7 +180,7 @@ def states_by_hand(spec: Spec, base: Any, memory: Any, batch: Any, rolled: Rollo
     return np.stack(found, axis=1)
 
 
-@functools.partial(w.quick, static_argnames="spec")
+@functools.partial(jax.jit, static_argnames="spec")
 def plain_states(
     spec: Spec, base: Any, batch: Any, embedded: Any, positions: Any, valid: Any, memory: Any = None
 ) -> Any:
@@ -232,5 +220,5 @@ def _on_prompt(port: Port, extra: int) -> Any:
     return act
 
 
-form = w.quick(former.form, static_argnames=("config", "backbone"))
-read = w.quick(model.read, static_argnames="spec")
+form = jax.jit(former.form, static_argnames=("config", "backbone"))
+read = jax.jit(model.read, static_argnames="spec")

@@ -142,11 +142,9 @@ def rows_of(seed: int) -> list[Example]:
 TAIL = 8
 """Tokens that a cache has room for behind its prompts."""
 
-QUICK = {"xla_backend_optimization_level": 0}
-"""Halves the time of compiling; for programs whose bits are not compared with another program's."""
-quick = functools.partial(jax.jit, compiler_options=QUICK)
-
-hidden = jax.jit(model.hidden_states, static_argnames="spec")
+exact = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
+"""For programs whose bits are compared with another program's: not optimised at all, equal sums may differ in them."""
+hidden = exact(model.hidden_states, static_argnames="spec")
 
 
 def prefill_and_fork(spec: Spec, base: Any, memory: Any, batch: Any, size: int) -> Any:
@@ -155,14 +153,14 @@ def prefill_and_fork(spec: Spec, base: Any, memory: Any, batch: Any, size: int) 
     return states, cache.fork(kept, 1, TAIL)
 
 
-prefill = jax.jit(prefill_and_fork, static_argnames=("spec", "size"))
-quick_hidden = quick(model.hidden_states, static_argnames="spec")
-quick_prefill = quick(prefill_and_fork, static_argnames=("spec", "size"))
-extend = quick(cache.extend, static_argnames="spec")
-read_prompt = quick(model.read_prompt, static_argnames="spec")
+prefill = exact(prefill_and_fork, static_argnames=("spec", "size"))
+quick_hidden = jax.jit(model.hidden_states, static_argnames="spec")
+quick_prefill = jax.jit(prefill_and_fork, static_argnames=("spec", "size"))
+extend = jax.jit(cache.extend, static_argnames="spec")
+read_prompt = jax.jit(model.read_prompt, static_argnames="spec")
 
 
-@functools.partial(quick, static_argnames="spec")
+@functools.partial(jax.jit, static_argnames="spec")
 def logits(spec: Spec, base: Any, states: Any) -> Any:
     """float32 [..., V]."""
     return model.logits(spec, base, states)
@@ -178,8 +176,8 @@ def decode_step(spec: Spec, base: Any, memory: Any, kept: Any, tokens: Any, acti
     return states[:, 0], kept
 
 
-decode = jax.jit(decode_step, static_argnames="spec")
-quick_decode = quick(decode_step, static_argnames="spec")
+decode = exact(decode_step, static_argnames="spec")
+quick_decode = jax.jit(decode_step, static_argnames="spec")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,10 +205,10 @@ def injected(config: pvm.PVMConfig, params: Any, visual: Any, rows: Any, stream:
     return through(config, params, state, stream, x, normed, key), state
 
 
-inject = quick(injected, static_argnums=0)
+inject = jax.jit(injected, static_argnums=0)
 
 
-@functools.partial(quick, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def weights(config: pvm.PVMConfig, params: Any, state: Any, stream: Any, x: Any):
     """Attention over the visual set, [slots, B, K, N/K, T, M], and what is visible, [B, T, M]."""
     seen = pvm.visible(config, state, stream)

@@ -37,13 +37,13 @@ HOST = re.compile(r"callback|infeed|outfeed|stablehlo\.(send|recv)")
 
 def test_check_53_two_programs_per_shape() -> None:
     """Prompts, paddings, keys and weights that make memories come at other places run what is compiled already."""
-    before = (v.quick_start._cache_size(), v.quick_proceed._cache_size())
+    before = (generate.start._cache_size(), generate.proceed._cache_size())
     rolled = [play("free", v.kept_rows(padding, seed)) for padding, seed in (("left", 3), ("right", 4), ("left", 5))]
     eager = v.memory_of(seed=9, eagerness=3.0)
     rolled.append(play("free", keys=jax.random.split(jax.random.key(8), 4), memory=eager))
     found = [sum(len(v.calls(one, row, 0)) for row in range(4)) for one in rolled]
     assert len(set(found)) > 1
-    after = (v.quick_start._cache_size(), v.quick_proceed._cache_size())
+    after = (generate.start._cache_size(), generate.proceed._cache_size())
     assert all(now - then <= 1 for now, then in zip(after, before, strict=True))
 
 
@@ -51,16 +51,17 @@ def test_check_53_nothing_goes_through_the_host_between_tokens() -> None:
     """One call decodes to the end: it needs nothing of the host, and no instruction in it asks for it."""
     settings, batch, keys = v.sampler(), v.kept_rows(), jax.random.split(jax.random.key(5), (4, v.GROUP))
     weights, until = jax.device_put((base(), VARIANTS["free"].memory, batch)), jax.device_put(jnp.int32(v.NEW))
-    state = v.quick_start(v.SPEC, settings, w.TOKENS + v.NEW, *weights, keys)
-    v.quick_proceed(v.SPEC, settings, *weights[:2], state, until)  # compiled
+    state = lambda: generate.start(v.SPEC, settings, w.TOKENS + v.NEW, *weights, keys)  # noqa: E731
+    generate.proceed(v.SPEC, settings, *weights[:2], state(), until)  # compiled
+    fresh = state()
     with jax.transfer_guard("disallow_explicit"):
-        after = v.quick_proceed(v.SPEC, settings, *weights[:2], state, until)
+        after = generate.proceed(v.SPEC, settings, *weights[:2], fresh, until)
     assert not bool(after.live.any()) and int(after.insertions.invoked.max()) > 1
-    text = v.quick_proceed.lower(v.SPEC, settings, *weights[:2], state, until).as_text()
+    text = generate.proceed.lower(v.SPEC, settings, *weights[:2], state(), until).as_text()
     assert "stablehlo.while" in text and not HOST.search(text)
     shout = jax.jit(lambda x: jax.pure_callback(np.asarray, x, x)).lower(jnp.ones(3)).as_text()
     assert HOST.search(shout)
-    with v.quickly(), mock.patch.object(generate, "proceed", mock.Mock(wraps=v.quick_proceed)) as proceed:
+    with mock.patch.object(generate, "proceed", mock.Mock(wraps=generate.proceed)) as proceed:
         list(generate.states(v.SPEC, *weights, settings, keys[:, 0], v.GROUP))
     assert proceed.call_count == 1
 

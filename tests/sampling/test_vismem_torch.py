@@ -42,8 +42,7 @@ def world() -> World:
     model = with_vismem(bare, eagerness=1.5)
     settings = {"max_new_tokens": NEW, "temperature": 1.0, "stop_tokens": (), "invoke": {"max_invocations": 3}}
     batch, keys = model.batch(CHATS, buckets=BUCKETS, padding="right"), jax.random.split(jax.random.key(2), len(CHATS))
-    with v.quickly():
-        rolled = rollout(model.spec, model.base, model.memory, batch, model.sampler(**settings), keys, 1)
+    rolled = rollout(model.spec, model.base, model.memory, batch, model.sampler(**settings), keys, 1)
     return World(model, theirs, rolled, settings | {"key": keys, "buckets": BUCKETS})
 
 
@@ -130,8 +129,7 @@ def merged_forward(world: World, adapter: Any, x: np.ndarray) -> np.ndarray:
 
 def test_completions_tell_of_their_memories(world: World) -> None:
     """The same program from a model's face: events, tokens without vectors, text without control tokens."""
-    with v.quickly():
-        answers = world.ours.generate(CHATS, **world.settings)
+    answers = world.ours.generate(CHATS, **world.settings)
     config, found = world.config, []
     for row, answer in enumerate(answers):
         kinds, tokens = world.rolled.kinds[row, 0], world.rolled.tokens[row, 0]

@@ -18,6 +18,7 @@ ROWS, STEPS = 64, 150
 SMALL = {"layers": (0, 2), "inner": 32, "heads": 4}
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("preset", ["none", "vr_v1", pytest.param("vr_v2", marks=pytest.mark.slow)])
 def test_check_27_rows_are_learnt_by_heart(preset: str) -> None:
     config = None if preset == "none" else vision_remember.create(BACKBONE, preset=preset, **SMALL)

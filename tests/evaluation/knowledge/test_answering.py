@@ -11,6 +11,7 @@ from PIL import Image
 
 import jaxmem
 from jaxmem import api
+from jaxmem import cli as command
 from jaxmem.data.items import ItemFile
 from jaxmem.errors import ConfigError, DataError
 from jaxmem.evaluation.knowledge import answering, cli
@@ -36,7 +37,7 @@ from tests.evaluation.knowledge.lookup_world import (
     write_items,
 )
 from tests.helpers import write_tokenizer
-from tests.memory import comem_world
+from tests.memory import comem_world, transfer_world
 from tests.retrieval.builder import HashEncoder
 from tests.tiny import write_qwen3_vl
 
@@ -297,3 +298,28 @@ def test_the_command_line_from_folders_to_result_files(folder, tmp_path, monkeyp
     assert {one["asked"] for one in again["conditions"].values()} == {0}
     with pytest.raises(ConfigError, match="decode is .*not .*take another output folder"):
         cli.main(**flags | {"max_new_tokens": 3})
+
+
+def test_the_command_line_with_an_encoder_beside_a_decoder(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(answering, "_embedder", lambda path: Shades())
+    transfer_world.write_target(tmp_path / "decoder")
+    transfer_world.write_encoder(tmp_path / "encoder")
+    transfer_world.model().save(tmp_path / "memory")
+    about = {"memory": tmp_path / "memory", "encoder": tmp_path / "encoder"}
+    model = jaxmem.load(tmp_path / "decoder", **about)
+    write_bank(tmp_path, ItemFile(folder / "items.jsonl"), ItemEncoder(model, 2, BUCKETS))
+    rows = [{"id": f"v{grey}", "input": "what number?", "image": f"{grey}.png"} for grey in ASKED]
+    rows = [row | {"output": {"answer": [str(grey)]}} for row, grey in zip(rows, ASKED, strict=True)]
+    for grey in ASKED:
+        picture(tmp_path / "images", grey)
+    words = ["eval", "--benchmark=viquae", "--k=2", "--condition=memory", "--max_new_tokens=3", "--json"]
+    words += ["--embedder=clip"]
+    paths = {name: tmp_path / name for name in ("bank", "images", "memory", "out")} | {"index": folder / "index"}
+    words += [f"--{name}={path}" for name, path in paths.items()]
+    words += [f"--questions={worlds.write_lines(tmp_path / 'q.jsonl', rows)}", f"--model={tmp_path / 'decoder'}"]
+    assert command.main(words) == 2
+    assert "another model reads items for this CoMEM" in capsys.readouterr().err
+    assert command.main([*words, f"--encoder={tmp_path / 'encoder'}"]) == 0
+    assert json.loads(capsys.readouterr().out)["conditions"]["memory"]["asked"] == len(ASKED)
+    kept = json.loads((tmp_path / "out" / "memory.json").read_text())["settings"]
+    assert kept["memory"] == ItemEncoder(model).digest[:16]
