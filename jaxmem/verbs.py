@@ -195,6 +195,15 @@ VERBS: Mapping[str, Verb] = {
         ),
         example="jaxmem export --to=hf --model=Qwen3-VL-8B --memory=runs/pvm/memory --output=pvm-hf",
     ),
+    "prove": Verb(
+        "jaxmem.export.cli:prove_main",
+        "load a folder here and in torch, and compare what the two say",
+        (
+            Flag("model", "text", None, "an exported folder, or a backbone's (default: the shipped tiny backbone)"),
+            Flag("card", "bool", False, "write what was found into the folder's model card"),
+        ),
+        example="jaxmem prove --model=pvm-hf --card",
+    ),
     "import": Verb(
         "jaxmem.export.original:main",
         "read a memory that a paper's own code trained",

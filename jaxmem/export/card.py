@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import jaxmem
 from jaxmem.api import Model
+from jaxmem.errors import CheckpointError
 from jaxmem.export import hf
 from jaxmem.export.prove import Proof
 
+CARD = "README.md"
+_SECTION = re.compile(r"^## Proof\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 NAMES = {
     "pvm": "Persistent Visual Memory (arXiv 2605.00814)",
     "mlp": "the MLP branch that PVM is compared with",
@@ -52,8 +56,27 @@ def write(folder: Path, model: Model, relation: str, proof: Proof | None, use: s
     }
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", ""]
     lines += [f"# {backbone} with {memories}", "", f"Written by jaxmem {jaxmem.__version__}.", ""]
-    lines += ["## Use", "", use.replace("FOLDER", '"path/to/this/folder"'), "", "## Proof", "", *_proof(proof), ""]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    lines += ["## Use", "", use.replace("FOLDER", '"path/to/this/folder"'), "", _section(proof)]
+    (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
+
+
+def check(folder: Path) -> None:
+    """Raises CheckpointError where the folder has no card with a proof to replace."""
+    file = folder / CARD
+    if not file.is_file() or not _SECTION.search(file.read_text(encoding="utf-8")):
+        raise CheckpointError(f"{file}: no model card with a section '## Proof', as jaxmem export writes it")
+
+
+def replace_proof(folder: Path, proof: Proof) -> None:
+    """Writes what was found into the folder's card; everything else in it stays."""
+    check(folder)
+    text = (folder / CARD).read_text(encoding="utf-8")
+    text = _SECTION.sub(lambda found: _section(proof) + ("\n" if found.end() < len(text) else ""), text, count=1)
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def _section(proof: Proof | None) -> str:
+    return "\n".join(["## Proof", "", *_proof(proof), ""])
 
 
 def _proof(proof: Proof | None) -> list[str]:

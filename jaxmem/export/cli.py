@@ -1,4 +1,7 @@
-"""`jaxmem export`: a model with its memory as a folder for PyTorch, with the proof that it says the same there."""
+"""`jaxmem export`: a model with its memory as a folder for PyTorch, with the proof that it says the same there.
+
+`jaxmem prove` is the proof alone, of any folder that both can load.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +86,10 @@ def export(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty; choose another folder")
     if proven and hosts.count() > 1:
-        raise ConfigError("export: several hosts write a folder without its proof: set proven=False")
+        raise ConfigError(
+            "export: several hosts write a folder without its proof: set proven=False, and then run jaxmem prove"
+            " --model=FOLDER --card on one of them"
+        )
     if proven:
         prove.check_torch()
     target, found = TARGETS[to], None
@@ -91,11 +97,38 @@ def export(
         target.write(model, stage, dtype=None if dtype is None else jnp.dtype(dtype), max_shard_size=max_shard_size)
         if proven:
             found = target.prove(as_written(model.merge_lora() if target.merges else model, dtype), stage)
-            if found.faults:
-                raise CheckpointError(
-                    "\n  ".join([f"{folder}: not written, torch does not say what jaxmem says", *found.faults])
-                )
+            _agreed(found, f"{folder}: not written")
         card.write(stage, model, target.relation, found)
+    return found
+
+
+def prove_folder(folder: str | Path, *, write_card: bool = False) -> Proof:
+    """Loads a folder here and in torch, and compares what the two say.
+
+    Args:
+      folder: that `export` wrote as "hf" or "merged", on several hosts or elsewhere; or a backbone from the Hub.
+      write_card: write what was found into the folder's model card.
+
+    Returns:
+      What torch found.
+
+    Raises:
+      CheckpointError: the two disagree, one of them cannot load the folder, or there is no card to write into.
+      ConfigError: torch is not installed, or the model is of an unsupported kind.
+    """
+    prove.check_torch()
+    if write_card:
+        card.check(Path(folder))
+    found = _agreed(prove.prove(api.load(folder), Path(folder)), str(folder))
+    if write_card:
+        card.replace_proof(Path(folder), found)
+    return found
+
+
+def _agreed(found: Proof, where: str) -> Proof:
+    """The proof; CheckpointError, with every fault, where it fails."""
+    if found.faults:
+        raise CheckpointError("\n  ".join([f"{where}: torch does not say what jaxmem says", *found.faults]))
     return found
 
 
@@ -147,10 +180,20 @@ def main(
     size = sum(file.stat().st_size for file in Path(output).rglob("*") if file.is_file())
     print(f"{output}: {size / 1e6:,.1f} MB")
     if found is None:
-        print("not proven: it was not loaded in torch")
-        return 0
+        print(f"not proven: it was not loaded in torch (jaxmem prove --model={output})")
+    else:
+        _say(found)
+    return 0
+
+
+def prove_main(*, model: str | None, card: bool) -> int:
+    """`jaxmem prove`: prints what torch found."""
+    _say(prove_folder(model or TINY, write_card=card))
+    return 0
+
+
+def _say(found: Proof) -> None:
     equal, of = found.tokens
     print(f"read again: {', '.join(f'{len(names)} {kind}' for kind, names in found.keys.items())} tensors")
     if found.prompts:
         print(f"torch: logits differ by at most {found.difference:.1e}, {equal} of {of} greedy tokens agree")
-    return 0

@@ -99,6 +99,28 @@ def test_the_command_line_writes_what_the_library_writes(model: Any, tmp_path: P
     assert same(jaxmem.load(tmp_path / "out").memory, model.memory)
 
 
+def test_a_folder_is_proven_later(model: Any, tmp_path: Path, capsys: Any) -> None:
+    folder, card = tmp_path / "out", tmp_path / "out" / "README.md"
+    model.export(folder, proven=False)
+    head, _, _ = card.read_text().partition("## Proof")
+    card.write_text(card.read_text() + "\n## Mine\n\nkept\n")
+    assert command.main(["prove", f"--model={folder}", "--card"]) == 0
+    out = capsys.readouterr().out
+    assert "0 missing, 0 unexpected, 0 mismatched" in out and "160 of 160 greedy tokens agree" in out
+    written = card.read_text()
+    assert written.startswith(head + "## Proof\n\nThe folder was loaded in torch") and "**None.**" not in written
+    assert "160 of 160 greedily generated tokens" in written and written.endswith("\n\n## Mine\n\nkept\n")
+    reader = folder / "modeling_jaxmem.py"
+    gate = "out = (self.gate_alpha.float() * out)"
+    reader.write_text(reader.read_text().replace(gate, gate.replace("self", "-self")))
+    assert command.main(["prove", f"--model={folder}"]) == 2
+    error = capsys.readouterr().err
+    assert f"{folder}: torch does not say what jaxmem says" in error and "wide/on: logits differ by" in error
+    card.unlink()
+    assert command.main(["prove", f"--model={folder}", "--card"]) == 2
+    assert "no model card with a section '## Proof'" in capsys.readouterr().err
+
+
 def test_a_mesh_writes_the_same_bytes(model: Any, tmp_path: Path) -> None:
     sharded = jaxmem.load(dtype="float32", mesh=make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4]))
     sharded = with_factors(sharded).attach(model.spec.memories[0])
