@@ -200,9 +200,10 @@ VERBS: Mapping[str, Verb] = {
         "load a folder here and in torch, and compare what the two say",
         (
             Flag("model", "text", None, "an exported folder, or a backbone's (default: the shipped tiny backbone)"),
+            Flag("trust_remote_code", "bool", False, "run the code that an exported folder brings"),
             Flag("card", "bool", False, "write what was found into the folder's model card"),
         ),
-        example="jaxmem prove --model=pvm-hf --card",
+        example="jaxmem prove --model=pvm-hf --trust_remote_code --card",
     ),
     "import": Verb(
         "jaxmem.export.original:main",

@@ -20,6 +20,7 @@ from jaxmem import api
 from jaxmem.api import Model
 from jaxmem.assets import TINY
 from jaxmem.checkpoints.huggingface import SHARD_SIZE
+from jaxmem.checkpoints.weights import read_json
 from jaxmem.distributed import hosts
 from jaxmem.errors import CheckpointError, ConfigError
 from jaxmem.export import adapters, card, hf, original, plain, prove
@@ -88,7 +89,7 @@ def export(
     if proven and hosts.count() > 1:
         raise ConfigError(
             "export: several hosts write a folder without its proof: set proven=False, and then run jaxmem prove"
-            " --model=FOLDER --card on one of them"
+            " --model=FOLDER --trust_remote_code --card on one of them"
         )
     if proven:
         prove.check_torch()
@@ -102,11 +103,12 @@ def export(
     return found
 
 
-def prove_folder(folder: str | Path, *, write_card: bool = False) -> Proof:
+def prove_folder(folder: str | Path, *, trust_remote_code: bool = False, write_card: bool = False) -> Proof:
     """Loads a folder here and in torch, and compares what the two say.
 
     Args:
       folder: that `export` wrote as "hf" or "merged", on several hosts or elsewhere; or a backbone from the Hub.
+      trust_remote_code: run the Python files that the folder brings, as torch must to load an "hf" one.
       write_card: write what was found into the folder's model card.
 
     Returns:
@@ -114,14 +116,18 @@ def prove_folder(folder: str | Path, *, write_card: bool = False) -> Proof:
 
     Raises:
       CheckpointError: the two disagree, one of them cannot load the folder, or there is no card to write into.
-      ConfigError: torch is not installed, or the model is of an unsupported kind.
+      ConfigError: torch is not installed, the model is of an unsupported kind, or its code is not trusted.
     """
     prove.check_torch()
+    folder = Path(folder)
+    if "auto_map" in read_json(folder / "config.json") and not trust_remote_code:
+        files = ", ".join(sorted(file.name for file in folder.glob("*.py")))
+        raise ConfigError(f"prove: torch would run the code in {folder} ({files}): read it, then --trust_remote_code")
     if write_card:
-        card.check(Path(folder))
-    found = _agreed(prove.prove(api.load(folder), Path(folder)), str(folder))
+        card.check(folder)
+    found = _agreed(prove.prove(api.load(folder), folder), str(folder))
     if write_card:
-        card.replace_proof(Path(folder), found)
+        card.replace_proof(folder, found)
     return found
 
 
@@ -180,15 +186,15 @@ def main(
     size = sum(file.stat().st_size for file in Path(output).rglob("*") if file.is_file())
     print(f"{output}: {size / 1e6:,.1f} MB")
     if found is None:
-        print(f"not proven: it was not loaded in torch (jaxmem prove --model={output})")
+        print("not proven: it was not loaded in torch (see jaxmem prove)")
     else:
         _say(found)
     return 0
 
 
-def prove_main(*, model: str | None, card: bool) -> int:
+def prove_main(*, model: str | None, trust_remote_code: bool, card: bool) -> int:
     """`jaxmem prove`: prints what torch found."""
-    _say(prove_folder(model or TINY, write_card=card))
+    _say(prove_folder(model or TINY, trust_remote_code=trust_remote_code, write_card=card))
     return 0
 
 

@@ -104,7 +104,12 @@ def test_a_folder_is_proven_later(model: Any, tmp_path: Path, capsys: Any) -> No
     model.export(folder, proven=False)
     head, _, _ = card.read_text().partition("## Proof")
     card.write_text(card.read_text() + "\n## Mine\n\nkept\n")
-    assert command.main(["prove", f"--model={folder}", "--card"]) == 0
+    words = ["prove", f"--model={folder}"]
+    assert command.main(words) == 2
+    assert "configuration_jaxmem.py, modeling_jaxmem.py" in (error := capsys.readouterr().err)
+    assert "read it, then --trust_remote_code" in error
+    words.append("--trust_remote_code")
+    assert command.main([*words, "--card"]) == 0
     out = capsys.readouterr().out
     assert "0 missing, 0 unexpected, 0 mismatched" in out and "160 of 160 greedy tokens agree" in out
     written = card.read_text()
@@ -113,11 +118,11 @@ def test_a_folder_is_proven_later(model: Any, tmp_path: Path, capsys: Any) -> No
     reader = folder / "modeling_jaxmem.py"
     gate = "out = (self.gate_alpha.float() * out)"
     reader.write_text(reader.read_text().replace(gate, gate.replace("self", "-self")))
-    assert command.main(["prove", f"--model={folder}"]) == 2
+    assert command.main(words) == 2
     error = capsys.readouterr().err
     assert f"{folder}: torch does not say what jaxmem says" in error and "wide/on: logits differ by" in error
     card.unlink()
-    assert command.main(["prove", f"--model={folder}", "--card"]) == 2
+    assert command.main([*words, "--card"]) == 2
     assert "no model card with a section '## Proof'" in capsys.readouterr().err
 
 
