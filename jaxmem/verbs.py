@@ -199,7 +199,7 @@ VERBS: Mapping[str, Verb] = {
         "jaxmem.export.cli:prove_main",
         "load a folder here and in torch, and compare what the two say",
         (
-            Flag("model", "text", None, "an exported folder, or a backbone's (default: the shipped tiny backbone)"),
+            Flag("model", "text", None, "of export --to=hf or merged, or a backbone (default: the shipped tiny one)"),
             Flag("trust_remote_code", "bool", False, "run the code that an exported folder brings"),
             Flag("card", "bool", False, "write what was found into the folder's model card"),
         ),

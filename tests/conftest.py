@@ -1,8 +1,8 @@
 """Every test runs on the CPU with eight devices, so that sharding is tested wherever the suite runs.
 
 Most of a test's time is compiling. XLA's older loop emitters take half as long as its fusion emitters, and LLVM less
-than half as long where it hardly optimises. Many tests start runs anew and so compile the same programs again; one
-cache per session keeps them.
+than half as long where it hardly optimises (JAX_DISABLE_MOST_OPTIMIZATIONS=0 before the command: as users compile).
+Many tests start runs anew and so compile the same programs again; one cache per session keeps them.
 """
 
 import atexit

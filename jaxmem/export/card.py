@@ -68,25 +68,25 @@ def check(folder: Path) -> None:
 
 
 def replace_proof(folder: Path, proof: Proof) -> None:
-    """Writes what was found into the folder's card; everything else in it stays."""
-    check(folder)
+    """Writes what was found by reading the folder into its card, which `check` accepts; everything else in it stays."""
     text = (folder / CARD).read_text(encoding="utf-8")
-    text = _SECTION.sub(lambda found: _section(proof) + ("\n" if found.end() < len(text) else ""), text, count=1)
+    section = _section(proof, "what jaxmem reads from it")
+    text = _SECTION.sub(lambda found: section + ("\n" if found.end() < len(text) else ""), text, count=1)
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
-def _section(proof: Proof | None) -> str:
-    return "\n".join(["## Proof", "", *_proof(proof), ""])
+def _section(proof: Proof | None, against: str = "the model that it was made of") -> str:
+    return "\n".join(["## Proof", "", *_proof(proof, against), ""])
 
 
-def _proof(proof: Proof | None) -> list[str]:
+def _proof(proof: Proof | None, against: str) -> list[str]:
     if proof is None:
         return ["**None.** This folder was written without loading it in torch."]
     equal, of = proof.tokens
     if not proof.prompts:
         return ["What was written was read again: every tensor is what it was, to the bit."]
     lines = [
-        "The folder was loaded in torch (float32, CPU) and compared with the model that it was made of:"
+        f"The folder was loaded in torch (float32, CPU) and compared with {against}:"
         f" {', '.join(f'{len(names)} {kind}' for kind, names in proof.keys.items())} tensors; logits differ by at most"
         f" {proof.difference:.1e}; {equal} of {of} greedily generated tokens agree.",
         "",

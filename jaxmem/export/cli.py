@@ -88,8 +88,8 @@ def export(
         raise CheckpointError(f"{folder} exists and is not empty; choose another folder")
     if proven and hosts.count() > 1:
         raise ConfigError(
-            "export: several hosts write a folder without its proof: set proven=False, and then run jaxmem prove"
-            " --model=FOLDER --trust_remote_code --card on one of them"
+            'export: several hosts write a folder without its proof: set proven=False; one of "hf" or "merged" is'
+            " proven on one host afterwards, by jaxmem prove --model=FOLDER --trust_remote_code --card"
         )
     if proven:
         prove.check_torch()
@@ -186,7 +186,8 @@ def main(
     size = sum(file.stat().st_size for file in Path(output).rglob("*") if file.is_file())
     print(f"{output}: {size / 1e6:,.1f} MB")
     if found is None:
-        print("not proven: it was not loaded in torch (see jaxmem prove)")
+        later = f"; jaxmem prove --model={output}" if TARGETS[to].prove is prove.prove else ""
+        print(f"not proven: it was not loaded in torch{later}")
     else:
         _say(found)
     return 0

@@ -114,6 +114,7 @@ def test_a_folder_is_proven_later(model: Any, tmp_path: Path, capsys: Any) -> No
     assert "0 missing, 0 unexpected, 0 mismatched" in out and "160 of 160 greedy tokens agree" in out
     written = card.read_text()
     assert written.startswith(head + "## Proof\n\nThe folder was loaded in torch") and "**None.**" not in written
+    assert "compared with what jaxmem reads from it" in written
     assert "160 of 160 greedily generated tokens" in written and written.endswith("\n\n## Mine\n\nkept\n")
     reader = folder / "modeling_jaxmem.py"
     gate = "out = (self.gate_alpha.float() * out)"

@@ -66,6 +66,8 @@ def test_check_13_a_fresh_one_is_the_backbone_and_can_be_taken_off(preset, tmp_p
     one, two = (some.batch(chats, buckets=v.BUCKETS) for some in (attached, backbone))
     same(one.tokens, two.tokens)  # tokens are the projector's: none is added
     assert two.question is None and (one.question is None) == (preset == "vr_v1")
+    states = w.hidden(attached.spec, attached.base, attached.memory, one)
+    same(states, w.hidden(backbone.spec, backbone.base, {}, two))
     bare = np.asarray(backbone.logits(two))
     np.testing.assert_allclose(attached.logits(one), bare, rtol=0, atol=2e-6 * np.abs(bare).max())
     same(attached.without_memory().logits(one), bare)
